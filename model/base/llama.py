@@ -1,0 +1,273 @@
+"""The frozen base model: llama.cpp through llama-cpp-python's low-level API.
+
+`LlamaModel` holds weights and vocabulary, `LlamaBase` one context over them: it decodes plain batches
+and token trees, hands out logits and final hidden states as numpy views, and rolls sequences back.
+Knows nothing of heads, of drafting and of what a tree means; rows come with their sequence ids.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import ContextError, ModelFileError, UsageError
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+log = logging.getLogger(__name__)
+KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # ggml_type
+MAX_SEQUENCES = 256  # llama.cpp's LLAMA_MAX_SEQ
+
+_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}  # llama.cpp's errors reach us as codes
+
+
+@llama_cpp.llama_log_callback  # type: ignore[untyped-decorator]
+def _forward_log(level: int, text: bytes, _: Any) -> None:
+    log.log(_LEVELS.get(level, logging.DEBUG), "%s", text.decode("utf-8", "replace").rstrip())
+
+
+llama_cpp.llama_log_set(_forward_log, ctypes.c_void_p(0))
+llama_cpp.llama_backend_init()
+# The same C functions with plain addresses as results: no Python object per call on the hot path.
+_lib: Any = llama_cpp.llama_cpp._lib
+_get_logits, _get_embeddings = _lib["llama_get_logits"], _lib["llama_get_embeddings"]
+for _f in (_get_logits, _get_embeddings):
+    _f.argtypes, _f.restype = [ctypes.c_void_p], ctypes.c_void_p
+
+
+class LlamaModel:
+    """Weights and vocabulary of one GGUF file."""
+
+    def __init__(
+        self, path: Path | str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False
+    ) -> None:
+        self.path = Path(path)
+        params = llama_cpp.llama_model_default_params()
+        params.n_gpu_layers = n_gpu_layers
+        params.load_mode = int(use_mmap) + 2 * int(use_mlock)  # llama_load_mode: none, mmap, mlock, both
+        self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        if not self._model:
+            raise ModelFileError(f"{path}: llama.cpp cannot load this file; run with LOG_LEVEL=DEBUG to see its reasons")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self.n_embd = int(llama_cpp.llama_model_n_embd(self._model))
+        self.n_ctx_train = int(llama_cpp.llama_model_n_ctx_train(self._model))
+        self.architecture = self._meta("general.architecture")
+        self.can_roll_back = not (
+            llama_cpp.llama_model_is_recurrent(self._model) or llama_cpp.llama_model_is_hybrid(self._model)
+        )
+        self.bos = int(llama_cpp.llama_vocab_bos(self._vocab))
+        self.eog = frozenset(t for t in range(self.n_vocab) if llama_cpp.llama_vocab_is_eog(self._vocab, t))
+        self._pieces: dict[int, bytes] = {}
+
+    def _meta(self, key: str) -> str:
+        buffer = ctypes.create_string_buffer(256)
+        n = llama_cpp.llama_model_meta_val_str(self._model, key.encode(), buffer, 256)
+        return buffer.value.decode("utf-8", "replace") if n >= 0 else ""
+
+    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> Int32Array:
+        """Return the ids (n,) of a text; `parse_special` reads `<s>` and the like as control tokens."""
+        data = text.encode()
+        out = np.empty(len(data) + 8, np.int32)
+        pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, len(out), add_bos, parse_special)
+        if n < 0:
+            raise ModelFileError(f"{self.path}: llama.cpp could not tokenize a text of {len(data)} bytes")
+        return out[:n].copy()
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes of one token; control tokens are empty."""
+        if token not in self._pieces:
+            buffer = ctypes.create_string_buffer(512)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 512, 0, False)
+            self._pieces[token] = buffer.raw[: max(n, 0)]
+        return self._pieces[token]
+
+    def detokenize(self, tokens: Int32Array | list[int]) -> str:
+        """Return the text of the ids; bytes that are no UTF-8 become replacement characters."""
+        return b"".join(self.piece(int(t)) for t in tokens).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        """Free the weights; contexts over them must be closed before."""
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+            self._model = None
+
+
+@dataclass(frozen=True)
+class LaneRows:
+    """Which sequences each row of a tree batch belongs to.
+
+    counts: (N,) int32, how many ids each row has; ids: (N, most) int32, the ids, left-aligned.
+    """
+
+    counts: Int32Array
+    ids: Int32Array
+
+
+class LlamaBase:
+    """One llama.cpp context: a KV cache and the batches that are decoded into it."""
+
+    def __init__(
+        self,
+        model: LlamaModel,
+        *,
+        n_ctx: int,
+        n_threads: int,
+        n_seq_max: int = 1,
+        n_batch: int = 512,
+        embeddings: bool = False,
+        flash_attn: bool | None = None,
+        kv_type: str = "f16",
+    ) -> None:
+        if kv_type not in KV_TYPES:
+            raise UsageError(f"KV type {kv_type!r} is unknown; use one of {', '.join(KV_TYPES)}")
+        if not 1 <= n_seq_max <= MAX_SEQUENCES:
+            raise UsageError(f"{n_seq_max} sequences asked for; llama.cpp takes 1 to {MAX_SEQUENCES}")
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_batch, n_ctx)
+        params.n_seq_max, params.kv_unified, params.swa_full = n_seq_max, True, True
+        params.n_threads = params.n_threads_batch = n_threads
+        params.embeddings, params.pooling_type = embeddings, llama_cpp.LLAMA_POOLING_TYPE_NONE
+        params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)
+        params.type_k = params.type_v = KV_TYPES[kv_type]
+        params.no_perf = True
+        self._ctx = llama_cpp.llama_init_from_model(model._model, params)
+        if not self._ctx:
+            raise ModelFileError(f"{model.path}: llama.cpp has no context of {n_ctx} tokens; lower MODEL_CONTEXT_SIZE")
+        self.model = model
+        self.n_vocab, self.n_embd = model.n_vocab, model.n_embd
+        self.n_ctx = int(llama_cpp.llama_n_ctx(self._ctx))
+        self.n_batch = int(llama_cpp.llama_n_batch(self._ctx))
+        self.n_seq_max = n_seq_max
+        self.embeddings = embeddings
+        self._memory = llama_cpp.llama_get_memory(self._ctx)
+        self._make_batch()
+        self._views: dict[str, tuple[int, Float32Array]] = {}
+
+    def _make_batch(self) -> None:
+        n, s = self.n_batch, self.n_seq_max
+        self._token = np.zeros(n, np.int32)
+        self._pos = np.zeros(n, np.int32)
+        self._counts = np.ones(n, np.int32)
+        self._ids = np.zeros((n, s), np.int32)
+        self._outputs = np.ones(n, np.int8)
+        self._rows = (self._ids.ctypes.data + np.arange(n, dtype=np.uint64) * (4 * s)).astype(np.uint64)
+        self._placed: dict[int, LaneRows] = {}  # offset → the lanes that stand there from an earlier batch
+        batch = self._batch = llama_cpp.llama_batch()
+        arrays = {"token": self._token, "pos": self._pos, "n_seq_id": self._counts,
+                  "seq_id": self._rows, "logits": self._outputs}  # fmt: skip
+        kinds = dict(llama_cpp.llama_batch._fields_)
+        for name, array in arrays.items():
+            setattr(batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
+
+    def decode(
+        self, tokens: Int32Array, pos: Int32Array | int, seq: Int32Array | int, *, outputs: bool | None = None
+    ) -> None:
+        """Decode a plain batch: every row belongs to one sequence.
+
+        tokens: (n,), n ≤ n_batch; pos, seq: (n,) or one number (pos: of the first row, seq: of all).
+        outputs: True for logits of every row, False for none, None for the last row only;
+        on a context with embeddings every row is an output whatever is asked.
+        Raises ContextError when the cache has no free cells left.
+        """
+        n = len(tokens)
+        self._token[:n] = tokens
+        self._pos[:n] = np.arange(pos, pos + n) if isinstance(pos, int) else pos
+        self._counts[:n] = 1
+        self._ids[:n, 0] = seq
+        self._placed.clear()
+        self._outputs[:n] = outputs is True
+        if outputs is None:
+            self._outputs[n - 1] = 1
+        self._run(n)
+        self._outputs[:n] = 1
+
+    def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None:
+        """Decode prompt tokens into a sequence in batches, with neither logits nor states."""
+        if self.embeddings:
+            llama_cpp.llama_set_embeddings(self._ctx, False)
+        try:
+            for i in range(0, len(tokens), self.n_batch):
+                self.decode(tokens[i : i + self.n_batch], pos + i, seq, outputs=False)
+        finally:
+            if self.embeddings:
+                llama_cpp.llama_set_embeddings(self._ctx, True)
+
+    def place(self, offset: int, tokens: Int32Array, pos: Int32Array, lanes: LaneRows) -> int:
+        """Put a tree's rows into the next batch at `offset`; return the offset behind them.
+
+        tokens, pos: (N,); lanes: each row's sequences. Rows become outputs. `decode_placed` runs the batch.
+        """
+        end = offset + len(tokens)
+        self._token[offset:end] = tokens
+        self._pos[offset:end] = pos
+        if self._placed.get(offset) is not lanes:
+            self._counts[offset:end] = lanes.counts
+            self._ids[offset:end, : lanes.ids.shape[1]] = lanes.ids
+            self._placed = {at: rows for at, rows in self._placed.items() if at < offset}
+            self._placed[offset] = lanes
+        return end
+
+    def decode_placed(self, n: int) -> None:
+        """Decode the n rows that `place` has put down; raises as `decode`."""
+        self._run(n)
+
+    def _run(self, n: int) -> None:
+        self._batch.n_tokens = n
+        status = llama_cpp.llama_decode(self._ctx, self._batch)
+        if status == 1:
+            raise ContextError(f"no room for {n} more tokens in a context of {self.n_ctx}; raise MODEL_CONTEXT_SIZE")
+        if status != 0:
+            raise ContextError(f"llama.cpp could not decode a batch of {n} tokens (status {status})")
+
+    def _view(self, name: str, address: int | None, width: int) -> Float32Array:
+        assert address, f"llama.cpp returned no {name}"
+        known = self._views.get(name)
+        if known is None or known[0] != address:
+            buffer = (ctypes.c_float * (self.n_batch * width)).from_address(address)
+            known = (address, np.frombuffer(buffer, np.float32).reshape(self.n_batch, width))
+            self._views[name] = known
+        return known[1]
+
+    def logits(self, n: int) -> Float32Array:
+        """Return the logits (n, V) of the last batch's first n outputs: a view, valid until the next decode."""
+        return self._view("logits", _get_logits(self._ctx), self.n_vocab)[:n]
+
+    def hidden(self, n: int) -> Float32Array:
+        """Return the states (n, D) after the final norm of the last batch's first n rows: a view, as `logits`."""
+        return self._view("states", _get_embeddings(self._ctx), self.n_embd)[:n]
+
+    def seq_rm(self, seq: int, start: int, end: int) -> None:
+        """Take positions start ≤ p < end from a sequence (-1: from all; end -1: to the end)."""
+        if not llama_cpp.llama_memory_seq_rm(self._memory, seq, start, end):
+            raise ContextError(f"{self.model.architecture} models cannot roll back a part of a sequence")
+
+    def seq_cp(self, source: int, target: int, start: int, end: int) -> None:
+        """Let the cells of `source` at start ≤ p < end belong to `target` too; nothing is copied."""
+        llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, end)
+
+    def clear(self) -> None:
+        """Empty the cache."""
+        llama_cpp.llama_memory_clear(self._memory, False)
+
+    def close(self) -> None:
+        """Free the context."""
+        if self._ctx:
+            llama_cpp.llama_free(self._ctx)
+            self._ctx = None
+
+    def __enter__(self) -> LlamaBase:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()

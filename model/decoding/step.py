@@ -1,0 +1,215 @@
+"""Draft → verify → accept: one step for one running text or for many. Knows no text, no heads and no requests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from time import perf_counter
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from model.base.llama import LaneRows
+from model.decoding.drafting import Drafter
+from model.decoding.planning import FixedPlan
+from model.decoding.sampling import Sampler
+from model.decoding.verification import verify
+from model.trees.tree import Tree
+
+Int32Array = npt.NDArray[np.int32]
+Float32Array = npt.NDArray[np.float32]
+
+
+class Base(Protocol):
+    """What a step needs of `model.base.llama.LlamaBase`."""
+
+    embeddings: bool
+    n_seq_max: int
+
+    def place(self, offset: int, tokens: Int32Array, pos: Int32Array, lanes: LaneRows) -> int: ...  # noqa: D102
+    def decode_placed(self, n: int) -> None: ...  # noqa: D102
+    def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None: ...  # noqa: D102
+    def logits(self, n: int) -> Float32Array: ...  # noqa: D102
+    def hidden(self, n: int) -> Float32Array: ...  # noqa: D102
+    def seq_rm(self, seq: int, start: int, end: int) -> None: ...  # noqa: D102
+    def seq_cp(self, source: int, target: int, start: int, end: int) -> None: ...  # noqa: D102
+
+
+@dataclass
+class Stats:
+    """What happened so far; times in seconds. Per depth (from 1): drafted where the parent was accepted, accepted."""
+
+    steps: int = 0
+    emitted: int = 0
+    reached: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    draft_s: float = 0.0
+    decode_s: float = 0.0
+    verify_s: float = 0.0
+    other_s: float = 0.0
+
+    def count(self, tree: Tree, depth: int, emitted: int) -> None:
+        """Add one step whose accepted path ended at `depth`."""
+        self.steps += 1
+        self.emitted += emitted
+        while len(self.reached) < tree.max_depth:
+            self.reached.append(0)
+            self.accepted.append(0)
+        for d in range(min(depth + 1, tree.max_depth)):
+            self.reached[d] += 1
+            self.accepted[d] += d < depth
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens per step; plain decoding has 1.0."""
+        return self.emitted / self.steps if self.steps else 0.0
+
+
+@dataclass
+class Slot:
+    """One running text.
+
+    tokens: prompt and text so far; all but the last are in the cache once `prefill` has run.
+    lanes: its sequence ids, equal on the committed prefix. limit: how many tokens it may hold.
+    ends(token) says whether the text ends with a token just emitted.
+    trace: when a list, the logits that decided each token are kept there.
+    """
+
+    tokens: list[int]
+    limit: int
+    sampler: Sampler
+    ends: Callable[[int], bool]
+    drafter: Drafter | None = None
+    lanes: range = range(1)
+    hidden: Float32Array | None = None  # (1, D): the state that the root was decided from
+    prompt_length: int = 0
+    finished: bool = False
+    stats: Stats = field(default_factory=Stats)
+    trace: list[Float32Array] | None = None
+
+    def __post_init__(self) -> None:
+        self.prompt_length = len(self.tokens)
+
+
+@lru_cache(maxsize=1024)
+def lane_rows(tree: Tree, lanes: range) -> LaneRows:
+    """Give each node the lanes of all leaves under it, and the root every lane of the slot."""
+    assert len(tree.leaves) <= len(lanes), f"{len(tree.leaves)} leaves, {len(lanes)} lanes"
+    counts = tree.under.sum(1).astype(np.int32)
+    counts[0] = len(lanes)
+    ids = np.zeros((len(tree), len(lanes)), np.int32)
+    for node in range(1, len(tree)):
+        ids[node, : counts[node]] = lanes.start + np.flatnonzero(tree.under[node])
+    ids[0] = np.arange(lanes.start, lanes.stop)
+    return LaneRows(counts, ids[:, : int(counts.max())])
+
+
+def prefill(base: Base, slot: Slot) -> None:
+    """Decode the prompt but its last token, which roots the first step."""
+    base.prefill(np.array(slot.tokens[:-1], np.int32), 0, slot.lanes.start)
+    for lane in slot.lanes[1:]:
+        base.seq_cp(slot.lanes.start, lane, 0, len(slot.tokens) - 1)
+
+
+def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
+    """Take every slot one verify pass further; return the tokens that each has won (one or more).
+
+    Drafts with the slots' states, decodes all trees in one batch, keeps what the base model would have
+    chosen, rolls the rest back. Slots must not be finished; their prompts must be in the cache.
+    """
+    start = perf_counter()
+    trees = [plan.tree_for(slot) for slot in slots]
+    drafts = _draft(slots, trees)
+    drafted = perf_counter()
+    n, offsets = 0, list[int]()
+    for slot, tree, tokens in zip(slots, trees, drafts, strict=True):
+        offsets.append(n)
+        n = base.place(n, tokens, tree.depths + np.int32(len(slot.tokens) - 1), lane_rows(tree, slot.lanes))
+    placed = perf_counter()
+    base.decode_placed(n)
+    logits = base.logits(n)
+    states = base.hidden(n) if base.embeddings else None
+    decoded = perf_counter()
+    alone = len(slots) == 1
+    won, verify_s = list[list[int]](), 0.0
+    for slot, tree, tokens, at in zip(slots, trees, drafts, offsets, strict=True):
+        since = perf_counter()
+        node, emitted = _verify(slot, tree, tokens, logits[at : at + len(tree)])
+        verify_s += perf_counter() - since
+        if states is not None:
+            slot.hidden = states[at + node : at + node + 1].copy()
+        _roll_back(base, slot, tree, node, alone)
+        slot.tokens += emitted
+        slot.stats.count(tree, int(tree.depths[node]), len(emitted))
+        won.append(emitted)
+    end = perf_counter()
+    share = 1 / len(slots)
+    for slot in slots:
+        stats = slot.stats
+        stats.draft_s += (drafted - start) * share
+        stats.decode_s += (decoded - placed) * share
+        stats.verify_s += verify_s * share
+        stats.other_s += (placed - drafted + end - decoded - verify_s) * share
+    return won
+
+
+def _draft(slots: Sequence[Slot], trees: list[Tree]) -> list[Int32Array]:
+    """Return each slot's node tokens (N,), the root's first; slots with the same drafter share one call."""
+    out = [np.empty(len(tree), np.int32) for tree in trees]
+    groups: dict[int, list[int]] = {}
+    for i, (slot, tree) in enumerate(zip(slots, trees, strict=True)):
+        out[i][0] = slot.tokens[-1]
+        if len(tree) > 1:
+            groups.setdefault(id(slot.drafter), []).append(i)
+    for members in groups.values():
+        drafter = slots[members[0]].drafter
+        assert drafter is not None
+        states = [hidden for i in members if (hidden := slots[i].hidden) is not None]
+        ranked, _ = drafter.draft(states[0] if len(states) == 1 else np.concatenate(states))
+        for row, i in enumerate(members):
+            out[i][1:] = ranked[row][trees[i].guesses]
+    return out
+
+
+def _verify(slot: Slot, tree: Tree, tokens: Int32Array, logits: Float32Array) -> tuple[int, list[int]]:
+    """Choose tokens down the tree until the draft, the text or the slot's room ends."""
+    so_far = len(slot.tokens) - slot.prompt_length
+    room = slot.limit - len(slot.tokens)
+    count = 0
+
+    def choose(node: int, i: int) -> int:
+        if slot.trace is not None:
+            slot.trace.append(logits[node].copy())
+        return slot.sampler.choose(logits[node], so_far + i)
+
+    def ends(token: int) -> bool:
+        nonlocal count
+        count += 1
+        slot.finished = slot.ends(token) or count >= room
+        return slot.finished
+
+    return verify(tree, tokens.tolist(), choose, ends)
+
+
+def _roll_back(base: Base, slot: Slot, tree: Tree, node: int, alone: bool) -> None:
+    """Make all lanes equal again: the old prefix, the root and the path to `node`, nothing else.
+
+    Cells of the path are shared with the other lanes (`seq_cp` copies no data), only from where they part.
+    """
+    if len(tree) == 1:
+        return
+    root, depth = len(slot.tokens) - 1, int(tree.depths[node])
+    shared = tree.shared_depths[node]
+    source = slot.lanes.start + shared.index(depth)
+    if alone and tree.max_depth > depth:
+        base.seq_rm(-1, root + 1 + depth, -1)
+    for i, lane in enumerate(slot.lanes):
+        common = shared[i] if i < len(shared) else 0
+        if not alone:
+            base.seq_rm(lane, root + 1 + common, -1)
+        elif common < depth:
+            base.seq_rm(lane, root + 1 + common, root + 1 + depth)
+        if common < depth:
+            base.seq_cp(source, lane, root + 1 + common, root + 1 + depth)

@@ -1,0 +1,127 @@
+"""Draft trees: topology only. Which node hangs under which, by which guess; no tokens, no probabilities, no time.
+
+A tree is a set of rank paths (upstream Medusa's `medusa_choices`): `(0, 1)` is the best guess of head 1,
+then the second best of head 2. The root, the last decided token, is node 0 and the empty path.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from model.errors import UsageError
+
+Int32Array = npt.NDArray[np.int32]
+RankPath = tuple[int, ...]
+MAX_LEAVES = 256  # one sequence id per leaf, and llama.cpp has 256
+
+
+class Tree:
+    """The topology of one draft: N nodes with the root, in order of depth.
+
+    parents, depths, ranks: (N,) int32; the root has parent -1, depth 0 and rank 0. leaves: (L,) int32.
+    Raises UsageError for a gap, a duplicate, a negative rank or more than 256 leaves.
+    """
+
+    def __init__(self, paths: Iterable[Sequence[int]]) -> None:
+        listed = [tuple(int(r) for r in p) for p in paths]
+        nodes = [(), *sorted(set(listed) - {()}, key=lambda p: (len(p), p))]
+        if len(nodes) != len(listed) + (() not in listed):
+            twice = next(p for p in listed if listed.count(p) > 1)
+            raise UsageError(f"tree: the path {list(twice)} is given twice")
+        index: dict[RankPath, int] = {p: i for i, p in enumerate(nodes)}
+        for p in nodes[1:]:
+            if min(p) < 0:
+                raise UsageError(f"tree: the path {list(p)} has a negative rank")
+            if p[:-1] not in index:
+                raise UsageError(f"tree: the path {list(p)} has no parent {list(p[:-1])}")
+        self.paths: tuple[RankPath, ...] = tuple(nodes)
+        self.parents: Int32Array = np.array([-1] + [index[p[:-1]] for p in nodes[1:]], np.int32)
+        self.depths: Int32Array = np.array([len(p) for p in nodes], np.int32)
+        self.ranks: Int32Array = np.array([p[-1] if p else 0 for p in nodes], np.int32)
+        self.children: list[list[int]] = [[] for _ in nodes]
+        for i, parent in enumerate(self.parents.tolist()[1:], 1):
+            self.children[parent].append(i)
+        self.leaves: Int32Array = np.array([i for i, c in enumerate(self.children) if not c], np.int32)
+        if len(self.leaves) > MAX_LEAVES:
+            raise UsageError(f"tree: {len(self.leaves)} leaves; llama.cpp has sequences for {MAX_LEAVES}")
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __repr__(self) -> str:
+        return f"Tree({[list(p) for p in self.paths[1:]]})"
+
+    @cached_property
+    def max_depth(self) -> int:
+        """Depth of the deepest node: how many heads the tree uses."""
+        return int(self.depths.max())
+
+    @cached_property
+    def n_ranks(self) -> int:
+        """How many guesses of a head the tree uses at the most."""
+        return int(self.ranks.max()) + 1
+
+    @cached_property
+    def guesses(self) -> tuple[Int32Array, Int32Array]:
+        """(head index from 0, rank) of the nodes 1 … N-1: index a (K, R) table of ranked guesses with it."""
+        return self.depths[1:] - 1, self.ranks[1:]
+
+    @cached_property
+    def under(self) -> npt.NDArray[np.bool_]:
+        """(N, L): whether leaf l hangs under (or is) node n."""
+        table = np.zeros((len(self), len(self.leaves)), np.bool_)
+        for lane, leaf in enumerate(self.leaves.tolist()):
+            node = leaf
+            while node >= 0:
+                table[node, lane] = True
+                node = int(self.parents[node])
+        return table
+
+    @cached_property
+    def shared_depths(self) -> list[list[int]]:
+        """For each node, for each leaf: the depth down to which their paths are the same."""
+        out = np.zeros((len(self), len(self.leaves)), np.int32)
+        for node in range(1, len(self)):
+            out[node] = np.where(self.under[node], self.depths[node], out[self.parents[node]])
+        table: list[list[int]] = out.tolist()
+        return table
+
+    @classmethod
+    def chain(cls, length: int) -> Tree:
+        """The best guess of each of the first `length` heads."""
+        return cls([(0,) * d for d in range(1, length + 1)])
+
+    @classmethod
+    def product(cls, widths: Sequence[int]) -> Tree:
+        """Every combination of the best `widths[i]` guesses of head i + 1."""
+        paths: list[RankPath] = []
+        level: list[RankPath] = [()]
+        for width in widths:
+            level = [(*p, r) for p in level for r in range(width)]
+            paths += level
+        return cls(paths)
+
+    @classmethod
+    def parse(cls, text: str) -> Tree:
+        """Read `4` (a chain), `2,2,1` (widths per depth) or the path of a JSON file with rank paths."""
+        parts = text.split(",")
+        if all(p.strip().isdigit() for p in parts):
+            numbers = [int(p) for p in parts]
+            leaves = int(np.prod([float(n) for n in numbers])) if len(numbers) > 1 else 1
+            if leaves > MAX_LEAVES or sum(numbers) > MAX_LEAVES or 0 in numbers[1:] + [1] * (numbers == [0]):
+                raise UsageError(f"tree {text!r}: widths from 1 on, {MAX_LEAVES} leaves at most")
+            return cls.chain(numbers[0]) if len(numbers) == 1 else cls.product(numbers)
+        path = Path(text)
+        if not path.is_file():
+            raise UsageError(f"tree {text!r}: neither a length (4), widths (2,2,1) nor a JSON file of rank paths")
+        try:
+            listed = json.loads(path.read_text(encoding="utf-8"))
+            return cls(tuple(int(r) for r in p) for p in listed)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"tree file {text}: not a list of rank paths such as [[0], [0, 0], [1]] ({error})") from None

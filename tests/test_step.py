@@ -1,0 +1,153 @@
+"""The step on a fake base model whose logits hang on every token that a row sees."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from fake_base import FakeBase
+
+from model.decoding.drafting import ConstantDrafter, RandomDrafter
+from model.decoding.planning import FixedPlan
+from model.decoding.sampling import Sampler, SamplingParams
+from model.decoding.step import Slot, prefill, step
+from model.trees.tree import Tree
+
+TREES = [Tree.chain(3), Tree.product([3, 2, 2]), Tree([(0,), (1,), (1, 0), (1, 0, 0), (2,)]), Tree.product([8])]
+
+
+class Oracle:
+    """Drafts the fake model's own greedy continuation at a chosen rank, and noise at the others."""
+
+    def __init__(self, base: FakeBase, slot_tokens: list[int], heads: int, ranks: int, miss: float) -> None:
+        self.base, self.tokens, self.shape, self.miss = base, slot_tokens, (heads, ranks), miss
+        self.rng = np.random.default_rng(1)
+
+    def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], None]:
+        heads, ranks = self.shape
+        out = self.rng.integers(0, self.base.n_vocab, (1, heads, ranks), dtype=np.int32)
+        history = list(self.tokens)
+        for k in range(heads):
+            token = int(self.base.logits_of(history).argmax())
+            history.append(token)
+            if self.rng.random() >= self.miss:
+                out[0, k, self.rng.integers(ranks)] = token
+        return out, None
+
+
+def plain(base: FakeBase, prompt: list[int], n: int, params: SamplingParams) -> list[int]:
+    sampler, tokens = Sampler(params), list(prompt)
+    for i in range(n):
+        tokens.append(sampler.choose(base.logits_of(tokens), i))
+    return tokens
+
+
+def run(base: FakeBase, tree: Tree, params: SamplingParams, n: int = 60, miss: float = 0.3) -> Slot:
+    slot = Slot([1, 2, 3], 3 + n, Sampler(params), lambda t: False, lanes=range(len(tree.leaves)))
+    slot.drafter = Oracle(base, slot.tokens, tree.max_depth, tree.n_ranks, miss)
+    prefill(base, slot)
+    while not slot.finished:
+        step(base, [slot], FixedPlan(tree))
+        for lane in slot.lanes:
+            assert base.text_of(lane) == slot.tokens[:-1], "every lane holds the committed text and nothing else"
+    return slot
+
+
+@pytest.mark.parametrize("tree", TREES, ids=repr)
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_text_is_the_plain_text(tree: Tree, temperature: float) -> None:
+    base, params = FakeBase(), SamplingParams(temperature=temperature, seed=3)
+    slot = run(base, tree, params)
+    assert slot.tokens == plain(base, [1, 2, 3], 60, params)
+    if temperature == 0:
+        assert slot.stats.acceptance_length > 1.2, "the oracle's drafts must be accepted, or nothing was tested"
+
+
+@pytest.mark.parametrize("broken", ["siblings", "no_roll_back", "second_best"])
+def test_negative_controls(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparison above must notice a wrong mask, stale cells and a wrong acceptance."""
+    base, tree, params = FakeBase(), Tree.product([3, 2, 2]), SamplingParams()
+    if broken == "siblings":
+        place = base.place
+
+        def all_lanes(offset, tokens, pos, lanes):  # type: ignore[no-untyped-def]
+            end = place(offset, tokens, pos, lanes)
+            base._batch[offset:end] = [(p, t, set(range(12))) for p, t, _ in base._batch[offset:end]]
+            return end
+
+        monkeypatch.setattr(base, "place", all_lanes)
+    elif broken == "no_roll_back":
+        monkeypatch.setattr(base, "seq_rm", lambda *a: None)
+    else:
+        monkeypatch.setattr(Sampler, "choose", lambda self, logits, i: int(np.argsort(logits)[-2]))
+    with pytest.raises(AssertionError):
+        slot = run(base, tree, params)
+        tokens, greedy = [1, 2, 3], lambda h: int(base.logits_of(h).argmax())
+        while len(tokens) < len(slot.tokens):
+            tokens.append(greedy(tokens))
+        assert slot.tokens == tokens
+
+
+def test_many_slots_share_a_batch_and_stay_apart() -> None:
+    base, trees = FakeBase(), Tree.product([2, 2])
+    slots = []
+    for i in range(3):
+        lanes = range(4 * i, 4 * i + 4)
+        slot = Slot([5 + i, 9], 2 + 20 + 7 * i, Sampler(SamplingParams()), lambda t: False, lanes=lanes)
+        slot.drafter = Oracle(base, slot.tokens, 2, 2, 0.3)
+        prefill(base, slot)
+        slots.append(slot)
+    running = list(slots)
+    while running:
+        step(base, running, FixedPlan(trees))
+        running = [s for s in running if not s.finished]
+    for i, slot in enumerate(slots):
+        assert slot.tokens == plain(base, [5 + i, 9], 20 + 7 * i, SamplingParams())
+
+
+def test_slots_with_one_drafter_are_drafted_in_one_call() -> None:
+    calls = []
+
+    class Counting(RandomDrafter):
+        def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], None]:
+            calls.append(len(hidden))
+            return super().draft(hidden)
+
+    base, drafter = FakeBase(), Counting(50, 2, 1)
+    slots = [Slot([i, 7], 12, Sampler(SamplingParams()), lambda t: False, drafter, range(i, i + 1)) for i in range(3)]
+    for slot in slots:
+        prefill(base, slot)
+    step(base, slots, FixedPlan(Tree.chain(2)))
+    step(base, slots, FixedPlan(Tree.chain(2)))
+    assert calls == [3], "no states before the first step, one call for all three slots in the second"
+
+
+@pytest.mark.parametrize("limit", range(4, 12))
+def test_a_full_context_ends_the_text_where_plain_decoding_would(limit: int) -> None:
+    base, tree = FakeBase(), Tree.product([2, 2, 2])
+    slot = run(base, tree, SamplingParams(), n=limit - 3, miss=0.0)
+    assert slot.tokens == plain(base, [1, 2, 3], limit - 3, SamplingParams())
+
+
+def test_an_end_token_inside_an_accepted_path_ends_the_text_there() -> None:
+    base = FakeBase()
+    text = plain(base, [1, 2, 3], 12, SamplingParams())
+    end = text[8]
+    slot = Slot([1, 2, 3], 99, Sampler(SamplingParams()), lambda t: t == end, lanes=range(1))
+    slot.drafter = Oracle(base, slot.tokens, 4, 1, 0.0)
+    prefill(base, slot)
+    while not slot.finished:
+        step(base, [slot], FixedPlan(Tree.chain(4)))
+    assert slot.tokens == text[: text.index(end, 3) + 1]
+    assert base.text_of(0) == slot.tokens[:-1]
+
+
+def test_statistics_count_depths_where_the_parent_stood() -> None:
+    base = FakeBase()
+    slot = Slot([1, 2], 42, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0, 3, 1))
+    prefill(base, slot)
+    while not slot.finished:
+        step(base, [slot], FixedPlan(Tree.chain(3)))
+    s = slot.stats
+    assert s.emitted == 40 and s.steps <= 40
+    assert s.reached[0] == s.steps - 1 and s.reached[1] == s.accepted[0] and s.reached[2] == s.accepted[1]
