@@ -9,45 +9,26 @@ figures that the model card quotes. Files held out from training are chosen by a
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import json
 import math
 import sys
-import sysconfig
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import click
-import llama_cpp
 import numpy as np
 import sentencepiece as spm
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from tiny_llama import TinyConfig, TinyLlama, write_gguf
 
-MAX_BYTES = 200_000  # larger files are tables, not code
+from model.base.gguf_file import requantize
+from model.training.documents import standard_library
+
 PHASES = ((0.6, (16, 256)), (0.85, (16, 512)), (1.0, (8, 1024)))  # until this share of the time: batch, window
-
-
-def source_files(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield (path relative to root, text) of the standard library's Python files, sorted."""
-    for path in sorted(root.rglob("*.py")):
-        name = path.relative_to(root).as_posix()
-        skip = name.startswith(("site-packages/", "dist-packages/", "encodings/", "lib2to3/tests/data/"))
-        if skip or not 200 <= path.stat().st_size <= MAX_BYTES:
-            continue
-        with contextlib.suppress(UnicodeDecodeError):
-            yield name, path.read_text(encoding="utf-8")
-
-
-def is_held_out(name: str) -> bool:
-    """Say whether a file is held out from training: one in fifty, by a hash of its path."""
-    return int(hashlib.sha256(name.encode()).hexdigest(), 16) % 50 == 0
 
 
 def train_tokenizer(texts: list[str], out: Path, vocab: int) -> spm.SentencePieceProcessor:
@@ -130,28 +111,19 @@ def train(model: TinyLlama, data: Tensor, valid: Tensor, minutes: float, lr: flo
             print(f"{done:6.1%}  step {step}  loss {running:.3f}  {rate:,.0f} tokens/s{note}", flush=True)
 
 
-def quantize(source: Path, target: Path, kind: int) -> None:
-    """Requantize a GGUF file through llama.cpp."""
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype = kind
-    params.nthread = 2
-    if llama_cpp.llama_model_quantize(str(source).encode(), str(target).encode(), params) != 0:
-        raise click.ClickException(f"llama.cpp could not quantize {source}")
-
-
 @click.command()
 @click.option("--minutes", default=60.0, help="How long to train.")
 @click.option("--lr", default=5e-3, help="Peak learning rate.")
+@click.option("--threads", default=2, help="Threads to train with.")
 @click.option("--vocab", default=4096, help="Pieces of the tokenizer.")
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/tiny-python"))
-def main(minutes: float, lr: float, vocab: int, out: Path) -> None:
+def main(minutes: float, lr: float, threads: int, vocab: int, out: Path) -> None:
     """Train the bundled base model from scratch."""
     torch.manual_seed(0)
-    torch.set_num_threads(2)
+    torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    files = list(source_files(Path(sysconfig.get_path("stdlib"))))
-    learn = [text for name, text in files if not is_held_out(name)]
-    held = [(name, text) for name, text in files if is_held_out(name)]
+    learn = [document.text for document in standard_library()]
+    held = [(document.name, document.text) for document in standard_library(held=True)]
     sp = train_tokenizer(learn, out, vocab)
     data, valid = encode(sp, learn), encode(sp, [text for _, text in held])
     held_bytes = sum(len(text.encode()) for _, text in held)
@@ -161,7 +133,7 @@ def main(minutes: float, lr: float, vocab: int, out: Path) -> None:
     train(model, data, valid, minutes, lr)
     nats = held_out_loss(model, valid)
     write_gguf(out / "tiny-python-f32.gguf", model, sp, "tiny-python")
-    quantize(out / "tiny-python-f32.gguf", out / "tiny-python-q4_0.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0)
+    requantize(out / "tiny-python-f32.gguf", out / "tiny-python.Q4_0.gguf", "Q4_0")
     facts = {
         "python": sys.version.split()[0],
         "parameters": n_params,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -70,8 +72,8 @@ def test_negative_controls(broken: str, monkeypatch: pytest.MonkeyPatch) -> None
     if broken == "siblings":
         place = base.place
 
-        def all_lanes(offset, tokens, pos, lanes):  # type: ignore[no-untyped-def]
-            end = place(offset, tokens, pos, lanes)
+        def all_lanes(offset: int, *rows: Any) -> int:
+            end = place(offset, *rows)
             base._batch[offset:end] = [(p, t, set(range(12))) for p, t, _ in base._batch[offset:end]]
             return end
 
@@ -80,12 +82,15 @@ def test_negative_controls(broken: str, monkeypatch: pytest.MonkeyPatch) -> None
         monkeypatch.setattr(base, "seq_rm", lambda *a: None)
     else:
         monkeypatch.setattr(Sampler, "choose", lambda self, logits, i: int(np.argsort(logits)[-2]))
-    with pytest.raises(AssertionError):
-        slot = run(base, tree, params)
-        tokens, greedy = [1, 2, 3], lambda h: int(base.logits_of(h).argmax())
+
+    def check() -> None:
+        slot, tokens = run(base, tree, params), [1, 2, 3]
         while len(tokens) < len(slot.tokens):
-            tokens.append(greedy(tokens))
+            tokens.append(int(base.logits_of(tokens).argmax()))
         assert slot.tokens == tokens
+
+    with pytest.raises(AssertionError):
+        check()
 
 
 def test_many_slots_share_a_batch_and_stay_apart() -> None:

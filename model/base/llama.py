@@ -56,7 +56,9 @@ class LlamaModel:
         params.load_mode = int(use_mmap) + 2 * int(use_mlock)  # llama_load_mode: none, mmap, mlock, both
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:
-            raise ModelFileError(f"{path}: llama.cpp cannot load this file; run with LOG_LEVEL=DEBUG to see its reasons")
+            raise ModelFileError(
+                f"{path}: llama.cpp cannot load this file; run with LOG_LEVEL=DEBUG to see its reasons"
+            )
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.n_vocab = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self.n_embd = int(llama_cpp.llama_model_n_embd(self._model))
@@ -164,9 +166,11 @@ class LlamaBase:
         self._rows = (self._ids.ctypes.data + np.arange(n, dtype=np.uint64) * (4 * s)).astype(np.uint64)
         self._placed: dict[int, LaneRows] = {}  # offset → the lanes that stand there from an earlier batch
         batch = self._batch = llama_cpp.llama_batch()
-        arrays = {"token": self._token, "pos": self._pos, "n_seq_id": self._counts,
-                  "seq_id": self._rows, "logits": self._outputs}  # fmt: skip
-        kinds = dict(llama_cpp.llama_batch._fields_)
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "token": self._token, "pos": self._pos, "n_seq_id": self._counts, "seq_id": self._rows,
+            "logits": self._outputs,
+        }  # fmt: skip
+        kinds: dict[str, Any] = {field[0]: field[1] for field in llama_cpp.llama_batch._fields_}
         for name, array in arrays.items():
             setattr(batch, name, ctypes.cast(array.ctypes.data, kinds[name]))
 
@@ -235,7 +239,7 @@ class LlamaBase:
         known = self._views.get(name)
         if known is None or known[0] != address:
             buffer = (ctypes.c_float * (self.n_batch * width)).from_address(address)
-            known = (address, np.frombuffer(buffer, np.float32).reshape(self.n_batch, width))
+            known = (address, np.ctypeslib.as_array(buffer).reshape(self.n_batch, width))
             self._views[name] = known
         return known[1]
 

@@ -11,9 +11,7 @@ import numpy.typing as npt
 class Drafter(Protocol):
     """Guesses the tokens behind the next one from a final hidden state."""
 
-    def draft(
-        self, hidden: npt.NDArray[np.float32]
-    ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
+    def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Return guesses for states (B, D): tokens (B, K, R), best first, and their probabilities or None."""
         ...
 

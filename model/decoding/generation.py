@@ -47,9 +47,7 @@ class TextStream:
             self._release(len(self._held))
             self.stopped = True
             return True
-        longest = max(
-            (n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0
-        )
+        longest = max((n for s in self._stop for n in range(1, len(s)) if self._held.endswith(s[:n])), default=0)
         self._release(len(self._held) - longest)
         return False
 
@@ -79,14 +77,24 @@ class Generation:
     """
 
     def __init__(
-        self, base: Base, piece: Callable[[int], bytes], eog: frozenset[int], request: Request, *,
-        context: int, plan: FixedPlan, drafter: Drafter | None = None, keep_logits: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        base: Base,
+        piece: Callable[[int], bytes],
+        eog: frozenset[int],
+        request: Request,
+        *,
+        context: int,
+        plan: FixedPlan,
+        drafter: Drafter | None = None,
+        keep_logits: bool = False,
+    ) -> None:
         if not request.prompt:
             raise UsageError("the prompt is empty, and this model has no begin-of-text token to start from")
         if len(request.prompt) >= context:
-            raise ContextError(f"the prompt has {len(request.prompt)} tokens, the context {context}; shorten the prompt "
-                               "or raise MODEL_CONTEXT_SIZE")  # fmt: skip
+            raise ContextError(
+                f"the prompt has {len(request.prompt)} tokens, the context {context}; shorten the prompt "
+                "or raise MODEL_CONTEXT_SIZE"
+            )
         if request.max_tokens < 1:
             raise UsageError(f"max_tokens {request.max_tokens} is below 1")
         self._base, self._plan, self._piece, self._eog = base, plan, piece, eog

@@ -124,4 +124,6 @@ class Tree:
             listed = json.loads(path.read_text(encoding="utf-8"))
             return cls(tuple(int(r) for r in p) for p in listed)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"tree file {text}: not a list of rank paths such as [[0], [0, 0], [1]] ({error})") from None
+            raise UsageError(
+                f"tree file {text}: not a list of rank paths such as [[0], [0, 0], [1]] ({error})"
+            ) from None

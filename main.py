@@ -1,0 +1,312 @@
+"""The command line: generate, bench, verify, demo. Settings come from environment variables (config.py)."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would fight llama.cpp's (DESIGN: 8 times slower)
+
+import logging
+import platform
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import click
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from config import HEADS_FOLDER, ROOT, Settings
+from model.base.remember import recall, remember
+from model.decoding.planning import ROOT_ONLY
+from model.decoding.sampling import SamplingParams
+from model.engine import Engine, EngineOptions
+from model.errors import MedusaError
+from model.measuring.report import check_writable, facts, read_prompts, table, write_json
+from model.trees.tree import Tree
+
+PROMPTS = ROOT / "benchmarks" / "prompts"
+DEMO_TOKENS_PER_MINUTE = 100_000  # states once and three epochs, on two cores
+
+
+class Commands(click.Group):
+    """Turns our errors into one line and exit status 2."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run a command."""
+        try:
+            return super().invoke(ctx)
+        except MedusaError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(2)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            sys.exit(0)
+        except (KeyboardInterrupt, click.Abort):
+            click.echo("stopped", err=True)
+            sys.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 120})
+def cli() -> None:
+    """Speculative decoding with Medusa heads for any GGUF. MODEL_PATH names the model."""
+
+
+def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
+    """Load the model that the environment names, with its heads or those named here."""
+    logging.basicConfig(level=settings.log_level, format="%(message)s")
+    options = EngineOptions(
+        settings.n_threads,
+        settings.model_context_size,
+        settings.n_gpu_layers,
+        settings.use_mmap,
+        settings.use_mlock,
+        settings.flash_attn,
+        settings.kv_type,
+        settings.medusa_k_heads,
+        settings.medusa_max_tokens_per_step,
+    )
+    return Engine(settings.model_path, options, weights or settings.medusa_weights_path, HEADS_FOLDER)
+
+
+def pick_tree(engine: Engine, text: str, sampling: SamplingParams, draft_vocab: int) -> Tree:
+    """Read --tree; `auto` times chains on this machine and keeps the best, or none, once per model and heads."""
+    from model.measuring.speed import choose_tree
+
+    if text != "auto":
+        return engine.check_tree(Tree.parse(text))
+    n_heads = engine.n_heads  # raises where heads are missing
+    assert engine.weights is not None
+    key = " ".join(
+        str(part)
+        for part in (
+            engine.file.file_fingerprint(),
+            engine.weights,
+            engine.weights.stat().st_mtime_ns,
+            n_heads,
+            engine.options,
+            version("llama-cpp-python"),
+            platform.node(),
+            sampling.temperature > 0,
+            draft_vocab,
+        )
+    )
+    if key not in recall("trees"):
+        click.echo("measuring which draft pays here (once for this model, heads and machine) ...", err=True)
+        requests = [engine.request(p, 64, sampling=sampling) for p in read_prompts(PROMPTS / "trial.jsonl")]
+        best = choose_tree(engine, requests, draft_vocab=draft_vocab)[0]
+        remember("trees", key, best.tree.max_depth)
+    return Tree.chain(recall("trees")[key]) if key in recall("trees") else best.tree
+
+
+sampling_options = [
+    click.option("--max_tokens", default=256, type=click.IntRange(1), help="New tokens at the most."),
+    click.option("--temperature", default=0.0, help="0 is greedy."),
+    click.option(
+        "--tree",
+        "tree_text",
+        default="auto",
+        help="Chain length (4), widths (2,2,1), a JSON file of rank "
+        "paths, or auto: what pays on this machine, possibly nothing.",
+    ),
+    click.option(
+        "--draft_vocab", default=0, type=click.IntRange(0), help="Draft the N most frequent tokens only; 0: all."
+    ),
+]
+
+
+def with_sampling(command: Any) -> Any:
+    """Add the options that several commands share."""
+    for option in reversed(sampling_options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.argument("prompt")
+@with_sampling
+@click.option("--top_p", default=1.0)
+@click.option("--top_k", default=0)
+@click.option("--seed", default=0)
+@click.option("--stop", multiple=True, help="End the text before this string; may be given several times.")
+@click.option("--draft", type=click.Choice(["medusa", "none"]), help="Without it: medusa where the model has heads.")
+@click.option("--stream", is_flag=True, help="Print the text as it is written.")
+def generate(
+    prompt: str,
+    max_tokens: int,
+    temperature: float,
+    tree_text: str,
+    draft_vocab: int,
+    top_p: float,
+    top_k: int,
+    seed: int,
+    stop: tuple[str, ...],
+    draft: str | None,
+    stream: bool,
+) -> None:
+    """Continue PROMPT."""
+    sampling = SamplingParams(temperature, top_k, top_p, seed)
+    engine = open_engine(Settings.load())
+    request = engine.request(prompt, max_tokens, sampling=sampling, stop=stop)
+    if draft is None and engine.weights is None:
+        click.echo(f"no heads for {engine.file.name}: plain decoding", err=True)
+    tree = ROOT_ONLY
+    if draft == "medusa" or (draft is None and engine.weights is not None):
+        tree = pick_tree(engine, tree_text, sampling, draft_vocab)
+    generation = engine.decoder(tree, draft_vocab=draft_vocab).start(request)
+    text = []
+    for piece in generation:
+        text.append(piece)
+        if stream:
+            click.echo(piece, nl=False)
+    click.echo("" if stream else "".join(text))
+    stats = generation.slot.stats
+    spent = stats.draft_s + stats.decode_s + stats.verify_s + stats.other_s
+    click.echo(
+        f"{len(generation.tokens)} tokens, {len(generation.tokens) / spent:.1f} tokens/s, acceptance length "
+        f"{stats.acceptance_length:.2f}, tree of {len(tree)} nodes, {generation.finish_reason}",
+        err=True,
+    )
+
+
+@cli.command()
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    default=PROMPTS / "python.jsonl",
+    help=".jsonl or .txt",
+    show_default="held-out Python",
+)
+@with_sampling
+@click.option("--runs", default=3, type=click.IntRange(1), help="Every prompt so many times each way.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+def bench(
+    prompts: Path,
+    max_tokens: int,
+    temperature: float,
+    tree_text: str,
+    draft_vocab: int,
+    runs: int,
+    json_path: Path | None,
+) -> None:
+    """Time plain decoding and Medusa in turn, in one process."""
+    from model.measuring.speed import compare
+
+    check_writable(json_path)
+    engine = open_engine(Settings.load())
+    sampling = SamplingParams(temperature)
+    requests = [
+        engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(read_prompts(prompts))
+    ]
+    tree = pick_tree(engine, tree_text, sampling, draft_vocab)
+    result = compare(engine, requests, tree, runs=runs, draft_vocab=draft_vocab)
+    del result["text_pairs"]
+    result |= {"temperature": temperature, "max_tokens": max_tokens, "runs": runs, "draft_vocab": draft_vocab}
+    click.echo(table([result]))
+    for d in result["divergences"]:
+        click.echo(f"prompt {d['prompt']} parts from the plain text at token {d['position']}, by {d['margin']:.4f}")
+    if json_path:
+        write_json(json_path, {**facts(engine), **result})
+
+
+@cli.command()
+@click.option(
+    "--prompts",
+    type=click.Path(path_type=Path),
+    default=PROMPTS / "python.jsonl",
+    help=".jsonl or .txt",
+    show_default="held-out Python",
+)
+@click.option("--n_prompts", default=8, type=click.IntRange(1), help="Use the first so many.")
+@click.option("--max_tokens", default=96, type=click.IntRange(1), help="New tokens per text at the most.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+def verify(prompts: Path, n_prompts: int, max_tokens: int, json_path: Path | None) -> None:
+    """Prove that drafting leaves the text alone, and that the proof would notice if it did not."""
+    from model.measuring.proofs import controls, prove
+
+    check_writable(json_path)
+    engine = open_engine(Settings.load())
+    texts = read_prompts(prompts)[:n_prompts]
+    deep = engine.n_heads
+    trees = [Tree.chain(min(3, deep)), Tree.product([3, 2, 2][: min(3, deep)])]
+    cases: list[dict[str, Any]] = []
+    for temperature in (0.0, 0.8):
+        requests = [
+            engine.request(t, max_tokens, sampling=SamplingParams(temperature, seed=i)) for i, t in enumerate(texts)
+        ]
+        for case in prove(engine, requests, trees):
+            chains = "" if case.chains_equal is None else f"bit-equal chains {case.chains_equal}/{case.texts}, "
+            click.echo(
+                f"{'ok  ' if case.holds else 'FAIL'} temperature {temperature}, {case.name}: replayed "
+                f"{case.replayed}/{case.texts} (off by {case.worst_difference:.1f} noise floors), {chains}equal to "
+                f"plain {case.plain_equal}/{case.texts}, {case.acceptance_length:.2f} tokens a step"
+            )
+            cases.append({"temperature": temperature, **asdict(case), "holds": case.holds})
+    noticed = controls(engine, engine.request(texts[0], max_tokens), trees[1])
+    for name, how in noticed.items():
+        click.echo(f"{'ok  ' if how else 'FAIL'} control, {name}: {how or 'not noticed'}")
+    held = all(c["holds"] for c in cases) and all(noticed.values())
+    if json_path:
+        write_json(json_path, {**facts(engine), "holds": held, "cases": cases, "controls": noticed})
+    if not held:
+        click.echo("a proof failed or a fault went unnoticed", err=True)
+        sys.exit(1)
+
+
+@cli.command()
+@click.option("--minutes", default=5.0, type=click.FloatRange(0.1), help="Roughly how long to train.")
+@click.option("--max_tokens", default=160, type=click.IntRange(1), help="New tokens per text.")
+@click.option("--n_prompts", default=12, type=click.IntRange(1), help="Held-out prompts to write for.")
+def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
+    """Train heads for the bundled model from scratch and watch what they bring."""
+    from model.measuring.speed import choose_tree, compare
+    from model.train_medusa import train
+    from model.training.options import TrainOptions
+
+    settings = Settings.load()
+    output = HEADS_FOLDER / "demo"
+    click.echo(f"1. Training four heads for {settings.model_path.name}, about {minutes:.0f} minutes on two cores")
+    result = train(
+        TrainOptions(
+            base_model_path=str(settings.model_path),
+            k_heads=4,
+            max_tokens=int(minutes * DEMO_TOKENS_PER_MINUTE),
+            max_length=512,
+            learning_rate=2e-3,
+            output_dir=str(output),
+        )
+    )
+    if result.interrupted:
+        sys.exit(130)
+    click.echo(f"\n2. Plain decoding and Medusa, in turn, on {n_prompts} held-out prompts")
+    engine = open_engine(settings, result.best)
+    texts, trials = read_prompts(PROMPTS / "python.jsonl")[:n_prompts], read_prompts(PROMPTS / "trial.jsonl")
+    results = []
+    for temperature in (0.0, 0.8):
+        sampling = SamplingParams(temperature)
+        tried = choose_tree(engine, [engine.request(p, max_tokens, sampling=sampling) for p in trials])
+        told = ", ".join(
+            f"{t.tree.max_depth or 'no'} draft{'s' * (t.tree.max_depth != 1)} {t.speedup:.2f}x"
+            for t in sorted(tried, key=lambda t: len(t.tree))
+        )
+        click.echo(f"   tried at temperature {temperature}: {told}")
+        requests = [engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(texts)]
+        results.append({"temperature": temperature, **compare(engine, requests, tried[0].tree)})
+    click.echo("\n" + table(results))
+    plain, medusa = results[0]["text_pairs"][0]
+    click.echo(f"\nThe first text, {'the same both ways' if plain == medusa else 'which parts at a near-tie'}:\n")
+    click.echo("   " + texts[0].rstrip().replace("\n", "\n   ").splitlines()[-1])
+    click.echo("   " + medusa.rstrip().replace("\n", "\n   "))
+    click.echo(
+        "\nA model this small fits into the processor's cache, where checking 4 tokens costs twice as much as one:\n"
+        "little can be won. Large models wait for memory, where 4 tokens cost little more than one: they gain more.\n"
+        f"\nCurves: {os.path.relpath(output / 'training.png')}\n"
+        "For a GGUF of your own:\n"
+        "  .venv/bin/python model/train_medusa.py --base_model_path YOURS.gguf --dataset_name YOUR_CHATS.jsonl\n"
+        '  MODEL_PATH=YOURS.gguf .venv/bin/python main.py generate "Once upon a time" --stream'
+    )
+
+
+if __name__ == "__main__":
+    cli()

@@ -1,0 +1,82 @@
+"""Chat templates: turns a conversation into text, and says which parts of it the assistant wrote.
+
+Runs the GGUF's own Jinja template in a sandbox, or Vicuna's format where there is none.
+Knows nothing of tokens.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from model.errors import DataError
+
+Message = dict[str, str]  # "role": system, user or assistant; "content"
+
+# Vicuna 1.1, as in FastChat's conversation.py: the answer ends with the end-of-text mark.
+VICUNA = (
+    "{% for m in messages %}"
+    "{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}USER: {{ m.content }} "
+    "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A piece of a rendered conversation; `answer` where the assistant wrote it."""
+
+    text: str
+    answer: bool
+
+
+def _raise(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+class ChatTemplate:
+    """A compiled chat template."""
+
+    def __init__(self, source: str | None, *, bos: str = "", eos: str = "") -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        environment.globals["raise_exception"] = _raise
+        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        self._marks: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
+        try:
+            self._template = environment.from_string(source or VICUNA)
+        except jinja2.TemplateError as error:
+            raise DataError(f"the model's chat template is damaged: {_line(error)}") from error
+
+    def render(self, messages: list[Message], *, prompt: bool) -> str:
+        """Return the conversation as text, `prompt` with the mark after which the assistant answers."""
+        try:
+            return self._template.render(messages=messages, add_generation_prompt=prompt, **self._marks)
+        except (jinja2.TemplateError, TypeError) as error:
+            raise DataError(f"the model's chat template refuses a conversation: {_line(error)}") from error
+
+    def segments(self, messages: list[Message]) -> list[Segment]:
+        """Cut a rendered conversation into prompts and answers, in turn.
+
+        Stops at the turn where a template rewrites what came before (some drop earlier reasoning).
+        """
+        parts: list[Segment] = []
+        done = ""
+        for i, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            asked, full = self.render(messages[:i], prompt=True), self.render(messages[: i + 1], prompt=False)
+            if not (asked.startswith(done) and full.startswith(asked)):
+                break
+            parts += [Segment(asked[len(done) :], False), Segment(full[len(asked) :], True)]
+            done = full
+        return [part for part in parts if part.text]
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,136 @@
+"""Read the header of one GGUF file: its metadata and where its tensors lie.
+
+Written here because the `gguf` package makes numpy objects of each token's text: 11.3 s for 128k pieces and
+280k merges, where this takes 0.24 s (one core of a 2-core machine). Knows the container only, not what keys and
+tensors mean.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+
+from model.errors import ModelFileError
+
+MAGIC = b"GGUF"
+_STRING, _ARRAY = 8, 9
+_NAMES = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
+_DTYPES = {kind: np.dtype(name) for kind, name in _NAMES.items()}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a file: `shape` has rows first; `offset` counts bytes from the start of the file."""
+
+    name: str
+    kind: gguf.GGMLQuantizationType
+    shape: tuple[int, ...]
+    offset: int
+    n_bytes: int
+
+
+class _Damaged(Exception):
+    pass
+
+
+class _Cursor:
+    """Reads values one after another; never beyond the end."""
+
+    def __init__(self, data: mmap.mmap) -> None:
+        self.data, self.at = data, 0
+
+    def take(self, size: int) -> int:
+        """Return the present offset and step over `size` bytes."""
+        start = self.at
+        if size > len(self.data) - start:
+            raise _Damaged("it ends within its header")
+        self.at = start + size
+        return start
+
+    def number(self, form: str) -> Any:
+        return struct.unpack_from(form, self.data, self.take(struct.calcsize(form)))[0]
+
+    def string(self) -> str:
+        """Return a text; bytes that are no UTF-8 survive as surrogates."""
+        size = self.number("<Q")
+        start = self.take(size)
+        return self.data[start : start + size].decode("utf-8", "surrogateescape")
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self.array()
+        if kind not in _DTYPES:
+            raise _Damaged(f"it holds a value of unknown type {kind}")
+        return np.frombuffer(self.data, _DTYPES[kind], 1, self.take(_DTYPES[kind].itemsize))[0].item()
+
+    def array(self) -> Any:
+        """Return a list of texts, or a numpy array of numbers."""
+        kind, count = self.number("<I"), self.number("<Q")
+        if kind == _STRING:
+            return [self.string() for _ in range(count)]
+        if kind not in _DTYPES:
+            raise _Damaged(f"it holds an array of unknown type {kind}")
+        dtype = _DTYPES[kind]
+        return np.frombuffer(self.data, dtype, count, self.take(count * dtype.itemsize)).copy()
+
+    def tensor(self) -> TensorInfo:
+        """Return a tensor's description; its offset still counts from the start of the tensor data."""
+        name, n_dims = self.string(), self.number("<I")
+        shape = tuple(reversed([int(self.number("<Q")) for _ in range(n_dims)]))
+        kind, offset = self.number("<I"), self.number("<Q")
+        if kind not in set(gguf.GGMLQuantizationType):
+            raise _Damaged(f"tensor {name!r} has the unknown type {kind}")
+        block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)]
+        count = 1
+        for n in shape:
+            count *= n
+        return TensorInfo(name, gguf.GGMLQuantizationType(kind), shape, offset, count // block * size)
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Return metadata by key and tensors by name. Raises ModelFileError where the file is none or is damaged."""
+    try:
+        with path.open("rb") as f:
+            size = path.stat().st_size
+            if size < 24 or f.read(4) != MAGIC:
+                raise ModelFileError(f"{path}: this is not a GGUF file (it does not begin with {MAGIC.decode()})")
+            with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+                return _read(data, size)
+    except IsADirectoryError:
+        raise ModelFileError(f"{path}: this is a folder; name a .gguf file in it") from None
+    except FileNotFoundError:
+        raise ModelFileError(f"{path}: no such file; set MODEL_PATH to a GGUF file") from None
+    except OSError as error:
+        raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
+    except (_Damaged, MemoryError, ValueError) as error:
+        raise ModelFileError(f"{path}: the file is damaged or cut off ({error}); fetch it again") from None
+
+
+def _read(data: mmap.mmap, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    cursor = _Cursor(data)
+    cursor.take(4)
+    version, n_tensors, n_keys = cursor.number("<I"), cursor.number("<Q"), cursor.number("<Q")
+    if version not in (2, 3):
+        raise _Damaged(f"its format version is {version}, not 2 or 3")
+    metadata: dict[str, Any] = {}
+    for _ in range(n_keys):
+        key = cursor.string()
+        metadata[key] = cursor.value(cursor.number("<I"))
+    infos = [cursor.tensor() for _ in range(n_tensors)]
+    align = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
+    if not isinstance(align, int) or align < 1:
+        raise _Damaged(f"its alignment is {align}")
+    start = -(-cursor.at // align) * align
+    tensors = {t.name: TensorInfo(t.name, t.kind, t.shape, start + t.offset, t.n_bytes) for t in infos}
+    for t in tensors.values():
+        if t.offset + t.n_bytes > size:
+            raise _Damaged(f"tensor {t.name!r} should end at byte {t.offset + t.n_bytes:,}, the file has {size:,}")
+    return metadata, tensors

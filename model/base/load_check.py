@@ -1,0 +1,87 @@
+"""Try a GGUF file in a child process before this one loads it: on some damaged files llama.cpp aborts.
+
+The child (`python -m model.base.load_check FILE`) loads the whole file, tokenizes and decodes one token. A success is
+remembered per file fingerprint and llama-cpp-python version, so the check costs a load only once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from model.base.gguf_file import GGUFFile
+from model.base.remember import recall, remember
+from model.errors import MedusaError, ModelFileError
+
+log = logging.getLogger(__name__)
+_ROOT = Path(__file__).resolve().parents[2]
+_REFUSED = 3  # the child's exit status when it says why, on its last line of output
+
+
+def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
+    """Return the opened file once llama.cpp is known to load it and decode with it.
+
+    timeout: seconds for loading and one token. Raises ModelFileError, in one line, where it does not.
+    """
+    file = GGUFFile(path)
+    key = f"{file.file_fingerprint()} {version('llama-cpp-python')}"
+    if recall("loads").get(key):
+        return file
+    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {
+        **os.environ,
+        "PYTHONPATH": paths,
+        "GGML_NO_BACKTRACE": "1",
+    }  # a backtrace starts a debugger where there is one
+    command = [sys.executable, "-m", "model.base.load_check", str(file.path.resolve())]
+    try:
+        child = subprocess.run(
+            command, env=env, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        raise ModelFileError(f"{path}: llama.cpp did not load this file within {timeout:.0f} s") from None
+    log.debug("loading %s in a child process:\n%s", path, child.stderr)
+    if child.returncode == _REFUSED:
+        raise ModelFileError(child.stdout.strip().rsplit("\n", 1)[-1])
+    if child.returncode != 0:
+        raise ModelFileError(f"{path}: {_death(child.returncode)}")
+    remember("loads", key, True)
+    return file
+
+
+def _death(status: int) -> str:
+    """Say in words how the child ended; a negative status is the signal that ended it."""
+    if status == -signal.SIGKILL:
+        return "loading it was stopped from outside (SIGKILL); is there enough memory?"
+    how = signal.Signals(-status).name if -status in set(signal.Signals) else f"status {status}"
+    return f"llama.cpp crashed on this file ({how}); it is damaged, fetch it again"
+
+
+def _try(path: Path) -> None:
+    """Load the file, tokenize every byte, decode one token; raises ModelFileError, or takes the process down."""
+    import numpy as np  # here, not above: only the child needs them
+
+    from model.base.llama import LlamaBase, LlamaModel
+
+    model = LlamaModel(path)
+    base = LlamaBase(model, n_ctx=64, n_threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    model.tokenize("".join(map(chr, range(1, 512))))  # aborts where a vocabulary has no piece for a byte
+    base.decode(np.array([max(model.bos, 0)], np.int32), 0, 0)
+    if not np.isfinite(base.logits(1)).all():
+        raise ModelFileError(f"{path}: the first token's logits are not numbers; the file is damaged, fetch it again")
+    base.close()
+    model.close()
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.DEBUG, format="%(message)s")  # llama.cpp's own log, to stderr
+    try:
+        _try(Path(sys.argv[1]))
+    except MedusaError as reason:
+        print(reason)
+        sys.exit(_REFUSED)

@@ -1,0 +1,199 @@
+"""A GGUF and the heads that belong to it, put together: contexts, drafters and ready-to-run decoders.
+
+The one place where heads meet decoding. Knows no command line and no environment; settings are passed in.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+from model.base.gguf_file import GGUFFile
+from model.base.llama import LlamaBase, LlamaModel
+from model.base.lm_head import check_lm_head
+from model.base.load_check import check_loads
+from model.decoding.drafting import Drafter
+from model.decoding.generation import Generation, Request
+from model.decoding.planning import ROOT_ONLY, FixedPlan
+from model.errors import HeadsError, ModelFileError, UsageError
+from model.trees.tree import Tree
+
+if TYPE_CHECKING:
+    from model.heads.medusa import MedusaHeads
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is loaded; the fields are the environment variables of the same names."""
+
+    n_threads: int
+    context_size: int  # 0: as trained, at most 4,096
+    n_gpu_layers: int = 0
+    use_mmap: bool = True
+    use_mlock: bool = False
+    flash_attn: bool | None = None
+    kv_type: str = "f16"
+    k_heads: int | None = None
+    max_nodes: int = 64
+
+
+@dataclass
+class Decoder:
+    """One way to decode: a context, a tree, and a drafter or none."""
+
+    base: LlamaBase
+    plan: FixedPlan
+    drafter: Drafter | None
+    context: int
+
+    def start(self, request: Request, *, keep_logits: bool = False) -> Generation:
+        """Begin a text on an empty cache."""
+        self.base.clear()
+        model = self.base.model
+        return Generation(
+            self.base,
+            model.piece,
+            model.eog,
+            request,
+            context=self.context,
+            plan=self.plan,
+            drafter=self.drafter,
+            keep_logits=keep_logits,
+        )
+
+    def time(self, request: Request) -> tuple[Generation, float]:
+        """Write a whole text; return it and the seconds from the end of the prompt to the end of the text."""
+        generation = self.start(request)
+        pieces = iter(generation)
+        first = generation.slot.stats
+        next(pieces)  # the prompt and the first step
+        since = perf_counter() - first.draft_s - first.decode_s - first.verify_s - first.other_s
+        for _ in pieces:
+            pass
+        return generation, perf_counter() - since
+
+
+class Engine:
+    """A loaded base model with its draft heads, if it has any."""
+
+    def __init__(self, path: Path, options: EngineOptions, weights: Path | None, heads_folder: Path) -> None:
+        self.file = check_loads(path)
+        self.options = options
+        self.model = LlamaModel(
+            path, n_gpu_layers=options.n_gpu_layers, use_mmap=options.use_mmap, use_mlock=options.use_mlock
+        )
+        self.context = options.context_size or min(self.model.n_ctx_train, 4096)
+        self._named = weights
+        self.weights = weights or find_heads(heads_folder, self.file)
+
+    @cached_property
+    def _loaded(self) -> tuple[MedusaHeads, dict[str, Any]]:
+        from model.heads.files import load_heads  # torch: loaded only when heads are used
+
+        if self.weights is None:
+            raise HeadsError(
+                f"no heads for {self.file.path} are known; train them: python model/train_medusa.py "
+                f"--base_model_path {self.file.path}"
+            )
+        if not self.model.can_roll_back:
+            raise ModelFileError(
+                f"{self.file.path}: {self.file.architecture} models are recurrent and cannot roll back "
+                "a draft; use --draft none"
+            )
+        loaded = load_heads(self.weights, self.file)
+        check_lm_head(self.model, self.file, self.options.n_threads)
+        return loaded
+
+    @property
+    def heads(self) -> MedusaHeads:
+        """The draft heads. Raises HeadsError when there are none or they don't fit, ModelFileError for the model."""
+        return self._loaded[0]
+
+    @property
+    def heads_facts(self) -> dict[str, Any]:
+        """What `config.json` says of the heads."""
+        return self._loaded[1]
+
+    @property
+    def n_heads(self) -> int:
+        """How many heads may be used."""
+        return min(self.heads.config.k_heads, self.options.k_heads or 256, self.options.max_nodes - 1)
+
+    def check_tree(self, tree: Tree) -> Tree:
+        """Return the tree when these heads can draft it within the limits, else raise UsageError."""
+        if tree.max_depth > self.n_heads:
+            raise UsageError(f"the tree is {tree.max_depth} deep, but {self.n_heads} heads may be used")
+        if len(tree) > self.options.max_nodes:
+            raise UsageError(
+                f"the tree has {len(tree)} nodes; MEDUSA_MAX_TOKENS_PER_STEP allows {self.options.max_nodes}"
+            )
+        if tree.n_ranks > self.file.n_vocab:
+            raise UsageError(f"the tree uses rank {tree.n_ranks - 1}, the vocabulary has {self.file.n_vocab} tokens")
+        return tree
+
+    def drafter(self, tree: Tree, draft_vocab: int = 0) -> Drafter:
+        """Make the heads' drafter for a tree."""
+        from model.heads.drafter import MedusaDrafter
+
+        self.check_tree(tree)
+        return MedusaDrafter(
+            self.heads,
+            n_heads=tree.max_depth,
+            ranks=tree.n_ranks,
+            draft_vocab=draft_vocab,
+            token_counts=self.heads_facts["token_counts"],
+        )
+
+    def base(self, tree: Tree = ROOT_ONLY, kind: type[LlamaBase] = LlamaBase, sequences: int = 0) -> LlamaBase:
+        """Make a context: for the root alone as plain decoding has it, otherwise with lanes and states.
+
+        sequences: how many ids there are; 0: as many as the tree has leaves.
+        """
+        o, drafting = self.options, len(tree) > 1
+        return kind(
+            self.model,
+            n_ctx=self.context + (len(tree) if drafting else 0),
+            n_threads=o.n_threads,
+            n_seq_max=sequences or len(tree.leaves),
+            embeddings=drafting,
+            flash_attn=o.flash_attn,
+            kv_type=o.kv_type,
+        )
+
+    def decoder(self, tree: Tree = ROOT_ONLY, drafter: Drafter | None = None, draft_vocab: int = 0) -> Decoder:
+        """Make a decoder for a tree; without a `drafter` the heads draft, and the root alone needs none."""
+        if drafter is None and len(tree) > 1:
+            drafter = self.drafter(tree, draft_vocab)
+        return Decoder(self.base(tree), FixedPlan(tree), drafter, self.context)
+
+    def request(self, prompt: str, max_tokens: int, **more: Any) -> Request:
+        """Make a request from text."""
+        return Request(self.model.tokenize(prompt).tolist(), max_tokens, **more)
+
+
+def find_heads(folder: Path, file: GGUFFile) -> Path | None:
+    """Return the heads below `folder` that belong to a model: of several, those that were validated best."""
+    fits: list[tuple[bool, float, Path]] = []
+    for path in sorted(folder.glob("**/config.json")):
+        facts = _read_facts(path, path.stat().st_mtime_ns)
+        if facts.get("heads_fingerprint") == file.heads_fingerprint():
+            same = facts.get("base_fingerprint") == file.file_fingerprint()
+            validated = facts.get("training", {}).get("validation", {}).get("acceptance_length", 0.0)
+            fits.append((same, float(validated), path.parent))
+    return max(fits, key=lambda f: f[:2])[2] if fits else None
+
+
+@lru_cache
+def _read_facts(path: Path, _changed: int) -> dict[str, Any]:
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}

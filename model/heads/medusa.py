@@ -1,0 +1,78 @@
+"""Medusa heads: residual SiLU blocks on the base model's final hidden state, one head per place ahead.
+
+After Cai et al. 2024, "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads".
+The parameters of all heads are stacked, so that a layer of all heads is one batched matrix product.
+This module doesn't know how heads are taught, kept on disk or made fast for drafting.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class HeadsConfig:
+    """What decides the shapes of a set of heads."""
+
+    k_heads: int
+    dim: int
+    vocab: int
+    head_layers: int = 1
+    hidden_dim: int = 0  # width inside a block; 0 or dim: no bottleneck
+    lm_head: Literal["tied", "own"] = "tied"
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether blocks go through a narrower layer and back."""
+        return self.hidden_dim not in (0, self.dim)
+
+
+class MedusaHeads(nn.Module):
+    """K heads; head i (from 1), at the state of position t, drafts the token at t+1+i.
+
+    A block is `x + silu(W x + b)`, W and b zero at first as upstream has it, so that an untrained head repeats the base
+    model's own guess; with a bottleneck it is `x + U silu(W x + b)`, U zero at first.
+
+    Args: lm_head (V,D), the base's; `tied` keeps it frozen and out of the state dict, `own` gives each head a trained
+    copy ((K,V,D) is taken as it is). logit_scale and soft_cap (0: none) are the base model's, applied to all logits.
+    """
+
+    lm_head: Tensor  # tied (V,D) or own (K,V,D)
+
+    def __init__(self, config: HeadsConfig, lm_head: Tensor, logit_scale: float = 1.0, soft_cap: float = 0.0) -> None:
+        super().__init__()
+        heads, dim, layers = config.k_heads, config.dim, config.head_layers
+        inner = config.hidden_dim if config.bottleneck else dim
+        assert lm_head.shape[-2:] == (config.vocab, dim), (lm_head.shape, config)
+        self.config, self.logit_scale, self.soft_cap = config, logit_scale, soft_cap
+        self.weight = nn.Parameter(torch.zeros(layers, heads, inner, dim))  # (L,K,H,D)
+        self.bias = nn.Parameter(torch.zeros(layers, heads, inner))  # (L,K,H)
+        self.up = nn.Parameter(torch.zeros(layers, heads, dim, inner)) if config.bottleneck else None  # (L,K,D,H)
+        if config.bottleneck:  # with both factors at zero nothing would ever move
+            nn.init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)
+        if config.lm_head == "own":
+            self.lm_head = nn.Parameter(lm_head.detach().expand(heads, -1, -1).clone())
+        else:
+            self.register_buffer("lm_head", lm_head.detach(), persistent=False)
+
+    def hidden(self, states: Tensor) -> Tensor:
+        """Run all heads' blocks: (...,D) -> (K,...,D), what the LM head reads."""
+        x = states.reshape(1, -1, self.config.dim).expand(self.config.k_heads, -1, -1)  # (K,N,D)
+        for layer in range(self.config.head_layers):
+            inner = F.silu(torch.baddbmm(self.bias[layer].unsqueeze(1), x, self.weight[layer].mT))
+            x = x + (inner if self.up is None else inner @ self.up[layer].mT)
+        return x.reshape(self.config.k_heads, *states.shape)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Give all heads' logits, (...,D) -> (K,...,V): for small inputs, training uses `linear_cross_entropy`."""
+        hidden = self.hidden(states)
+        flat = hidden.reshape(self.config.k_heads, -1, self.config.dim)
+        logits = (flat @ self.lm_head.mT).reshape(*hidden.shape[:-1], self.config.vocab) * self.logit_scale
+        return torch.tanh(logits / self.soft_cap) * self.soft_cap if self.soft_cap else logits
+
+    def lm_head_weight(self, k: int) -> Tensor:
+        """Give the LM head (V,D) of the head with index k (from 0)."""
+        return self.lm_head[k] if self.config.lm_head == "own" else self.lm_head

@@ -1,0 +1,246 @@
+"""The proofs that drafting leaves the text alone, and the faults that they must notice.
+
+Replay: a text is decoded once more, causally, one token at a time; the logits that decided each token must
+lie within NOISE × the floor of the replayed ones, and each token be the replay's choice or within twice that
+bound. The floor is what batch shapes and the order of cache cells alone do to logits. It is measured on the same
+text: once in batches of CHAIN tokens, once a token at a time beside decoys, rows of an unrelated sequence that are
+taken out again. Decoys matter: chains may be bit-equal to single tokens, and rounding shows in other shapes only.
+Chains: bit-equal to a run with useless drafts of the same shapes. Plain: a share, reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from model.base.llama import LaneRows, LlamaBase
+from model.decoding.drafting import ConstantDrafter, Drafter, RandomDrafter
+from model.decoding.generation import Generation, Request
+from model.decoding.planning import FixedPlan
+from model.decoding.sampling import Sampler
+from model.engine import Decoder, Engine
+from model.errors import ContextError
+from model.measuring.speed import Divergence, find_divergences
+from model.trees.tree import Tree
+
+Float32Array = npt.NDArray[np.float32]
+NOISE = 4.0  # trees seen at up to 1.9 floors; the faults below start at 20
+CHAIN = 4
+DECOYS = 24  # at the most, beside one token
+
+
+@dataclass(frozen=True)
+class Replay:
+    """How one text stood up to its replay, in logits. worst_margin: of tokens that the replay would not choose."""
+
+    floor: float
+    worst_difference: float
+    worst_margin: float
+
+    @property
+    def bound(self) -> float:
+        """What the logits may differ by."""
+        return NOISE * self.floor
+
+    @property
+    def holds(self) -> bool:
+        """Whether the text is what the base model would have written."""
+        return self.worst_difference <= self.bound and self.worst_margin <= 2 * self.bound
+
+
+def replay(base: LlamaBase, generation: Generation) -> Replay:
+    """Decode a text once more as one sequence and compare (see the module's text); base: of two sequences."""
+    slot = generation.slot
+    assert slot.trace is not None
+    ones = _causal(base, slot.tokens, slot.prompt_length, 1, 0)
+    chains = _causal(base, slot.tokens, slot.prompt_length, CHAIN, 0)
+    beside = _causal(base, slot.tokens, slot.prompt_length, 1, DECOYS)
+    floor = max(float(np.abs(other - ones).max()) for other in (chains, beside))
+    decided = np.stack(slot.trace)
+    smallest = 1e-6 * float(np.abs(ones).max())  # F32's own rounding, should both replays agree to the bit
+    margins = [slot.sampler.margin(row, t, i) for i, (row, t) in enumerate(zip(ones, generation.tokens, strict=True))]
+    return Replay(max(floor, smallest), float(np.abs(decided - ones).max()), max(margins))
+
+
+def _causal(base: LlamaBase, tokens: list[int], prompt: int, length: int, decoys: int) -> Float32Array:
+    """Return the logits (n, V) before each new token, decoded in batches of `length` beside up to so many decoys."""
+    base.clear()
+    base.prefill(np.array(tokens[: prompt - 1], np.int32), 0, 0)
+    rows, new = list[Float32Array](), np.array(tokens[prompt - 1 : -1], np.int32)
+    rng = np.random.default_rng(0)
+    for at in range(0, len(new), length):
+        piece, start = new[at : at + length], prompt - 1 + at
+        n = int(rng.integers(decoys + 1))
+        batch = np.concatenate([rng.integers(0, base.n_vocab, n), piece]).astype(np.int32)
+        pos = np.concatenate([np.arange(n), np.arange(start, start + len(piece))]).astype(np.int32)
+        base.decode(batch, pos, np.repeat(np.array([1, 0], np.int32), [n, len(piece)]), outputs=True)
+        rows.append(base.logits(len(batch))[n:].copy())
+        if n:
+            base.seq_rm(1, -1, -1)
+    return np.concatenate(rows)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One way to draft, put to the proof on every prompt."""
+
+    name: str
+    texts: int
+    replayed: int
+    worst_difference: float  # in floors; the proof allows NOISE
+    acceptance_length: float
+    chains_equal: int | None  # None: no chain
+    plain_equal: int
+    divergences: list[Divergence]
+
+    @property
+    def holds(self) -> bool:
+        """Whether replay and, for a chain, bit-equality held for every text."""
+        return self.replayed == self.texts and self.chains_equal in (None, self.texts)
+
+
+def prove(engine: Engine, requests: Sequence[Request], trees: Sequence[Tree]) -> list[Case]:
+    """Prove every tree on every request: drafted by the heads, always rightly, at random, and always wrongly."""
+    replayer, plain, cases = engine.base(sequences=2), engine.decoder(), list[Case]()
+    ours = [_write(plain, request) for request in requests]
+    for tree in trees:
+        for name, drafter in drafters(engine, tree).items():
+            decoder = Decoder(engine.base(tree), FixedPlan(tree), drafter, engine.context)
+            texts = [_write(decoder, request, plain.slot.tokens) for request, plain in zip(requests, ours, strict=True)]
+            replays = [replay(replayer, g) for g in texts]
+            equal = _bit_equal(engine, tree, requests, texts) if len(tree.leaves) == 1 else None
+            steps = sum(g.slot.stats.steps for g in texts)
+            cases.append(
+                Case(
+                    f"{name}, {describe(tree)}",
+                    len(texts),
+                    sum(r.holds for r in replays),
+                    max(r.worst_difference / r.floor for r in replays),
+                    sum(len(g.tokens) for g in texts) / steps,
+                    equal,
+                    sum(a.tokens == b.tokens for a, b in zip(ours, texts, strict=True)),
+                    find_divergences(plain, ours, texts, requests),
+                )
+            )
+            decoder.base.close()
+    replayer.close()
+    plain.base.close()
+    return cases
+
+
+def drafters(engine: Engine, tree: Tree) -> dict[str, Drafter | None]:
+    """Return the heads' drafter, none (then the text is known), a random one, and one of a token never written."""
+    shape = (tree.max_depth, tree.n_ranks)
+    return {
+        "heads": engine.drafter(tree),
+        "right drafts": None,
+        "random drafts": RandomDrafter(engine.file.n_vocab, *shape),
+        "wrong drafts": ConstantDrafter(engine.model.bos if engine.model.bos >= 0 else 0, *shape),
+    }
+
+
+def describe(tree: Tree) -> str:
+    """Say what a tree is in a few words."""
+    return f"chain of {tree.max_depth}" if len(tree.leaves) == 1 else f"tree of {len(tree) - 1}"
+
+
+def _write(decoder: Decoder, request: Request, text: list[int] | None = None) -> Generation:
+    """Write a text and keep its logits; where nobody drafts, the drafts are taken from `text`, if there is one."""
+    generation = decoder.start(request, keep_logits=True)
+    if decoder.drafter is None and text is not None:
+        generation.slot.drafter = _Knowing(text, generation.slot.tokens, decoder.plan.tree)
+    generation.run()
+    return generation
+
+
+def _bit_equal(engine: Engine, tree: Tree, requests: Sequence[Request], texts: list[Generation]) -> int:
+    """Count the texts whose logits are bit-equal to those of a run with useless drafts of the same shapes."""
+    useless = RandomDrafter(engine.file.n_vocab, tree.max_depth, tree.n_ranks, seed=1)
+    decoder = engine.decoder(tree, useless)
+    equal = 0
+    for request, text in zip(requests, texts, strict=True):
+        other = _write(decoder, request)
+        assert other.slot.trace is not None and text.slot.trace is not None
+        equal += other.tokens == text.tokens and np.array_equal(np.stack(other.slot.trace), np.stack(text.slot.trace))
+    decoder.base.close()
+    return equal
+
+
+class _Knowing:
+    """Drafts the text that plain decoding wrote, at rank 1 where there is one: faults must meet accepted nodes."""
+
+    def __init__(self, text: list[int], so_far: list[int], tree: Tree) -> None:
+        self._text, self._so_far = text, so_far
+        self._guesses, self._rank = np.zeros((1, tree.max_depth, tree.n_ranks), np.int32), min(1, tree.n_ranks - 1)
+
+    def draft(self, hidden: Float32Array) -> tuple[npt.NDArray[np.int32], None]:
+        for depth in range(self._guesses.shape[1]):
+            at = len(self._so_far) + depth
+            known = self._text[at] if at < len(self._text) else 0
+            self._guesses[0, depth] = (known + 1 + np.arange(self._guesses.shape[2])) % 256
+            self._guesses[0, depth, self._rank] = known
+        return self._guesses, None
+
+
+class _SiblingsSee(LlamaBase):
+    """Fault: nodes also see their siblings (every node but the root belongs to all lanes)."""
+
+    def place(self, offset: int, tokens: npt.NDArray[np.int32], pos: npt.NDArray[np.int32], lanes: LaneRows) -> int:
+        if len(tokens) > 1:
+            every = np.repeat(lanes.ids[:1, : lanes.counts[0]], len(tokens), 0)
+            lanes = LaneRows(np.full(len(tokens), lanes.counts[0], np.int32), every)
+        return super().place(offset, tokens, pos, lanes)
+
+
+class _KeepsRejected(LlamaBase):
+    """Fault: rejected siblings stay beside the accepted path (what hangs below the path goes, or llama.cpp refuses)."""
+
+    def seq_rm(self, seq: int, start: int, end: int) -> None:
+        if end == -1:
+            super().seq_rm(seq, start, end)
+
+
+class _SecondBest(Sampler):
+    """Fault: the second-best token is accepted, here every fifth time."""
+
+    def choose(self, logits: Float32Array, index: int) -> int:
+        if index % 5 == 4:
+            return int(np.argpartition(logits, -2)[-2])
+        return super().choose(logits, index)
+
+
+def controls(engine: Engine, request: Request, tree: Tree) -> dict[str, str]:
+    """Plant each fault and say how it was noticed; an empty answer means that it slipped through.
+
+    tree: with siblings, or two of the faults change nothing.
+    """
+    replayer, plain, found = engine.base(sequences=2), engine.decoder(), dict[str, str]()
+    text = _write(plain, request).slot.tokens
+    faults: dict[str, type[LlamaBase]] = {
+        "siblings see each other": _SiblingsSee,
+        "roll-back skipped": _KeepsRejected,
+        "second-best token accepted": LlamaBase,
+    }
+    for name, kind in faults.items():
+        decoder = Decoder(engine.base(tree, kind), FixedPlan(tree), None, engine.context)
+        generation = decoder.start(request, keep_logits=True)
+        generation.slot.drafter = _Knowing(text, generation.slot.tokens, tree)
+        if kind is LlamaBase:
+            generation.slot.sampler = _SecondBest(request.sampling)
+        try:
+            generation.run()
+        except ContextError as error:
+            found[name] = f"refused by llama.cpp ({error})"
+            continue
+        finally:
+            decoder.base.close()
+        generation.slot.sampler = Sampler(request.sampling)
+        result = replay(replayer, generation)
+        apart, margin = result.worst_difference / result.floor, result.worst_margin
+        found[name] = "" if result.holds else f"logits {apart:.0f} floors apart, worst margin {margin:.2f}"
+    replayer.close()
+    plain.base.close()
+    return found

@@ -1,0 +1,87 @@
+"""What commands read and print: prompt files, result files, tables. Knows no model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from model.engine import Engine
+from model.errors import DataError, OutputError
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts: .txt has one per line, .jsonl an object with "prompt" (or MT-bench's "turns") per line."""
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as prompts ({error})") from None
+    prompts = lines
+    if path.suffix == ".jsonl":
+        try:
+            rows = [json.loads(line) for line in lines]
+            prompts = [str(row["prompt"] if "prompt" in row else row["turns"][0]) for row in rows]
+        except (ValueError, KeyError, TypeError, IndexError) as error:
+            raise DataError(f'{path}: every line must be an object with "prompt" or "turns" ({error!r})') from None
+    if not prompts:
+        raise DataError(f"{path}: holds no prompts")
+    return prompts
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise OutputError now rather than after the work, when a result can't be written."""
+    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
+        raise OutputError(f"{path}: cannot be written; name a file in a folder that exists and may be written to")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a result whole, or say in one line why not."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError as error:
+        draft.unlink(missing_ok=True)
+        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
+
+
+def facts(engine: Engine) -> dict[str, Any]:
+    """Say what was measured and on what."""
+    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    return {
+        "model": engine.file.name,
+        "quantization": engine.file.file_type,
+        "threads": engine.options.n_threads,
+        "machine": cpu or platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("llama-cpp-python", "torch", "numpy")},
+        "command": " ".join(["python", "main.py", *sys.argv[1:]]),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the figures of several comparisons as text."""
+    lines = [
+        "temperature  plain tok/s  medusa tok/s  speedup  acceptance length  draft        same text  looping 8-grams"
+    ]
+    for r in results:
+        depth = max((len(p) for p in r["tree"]), default=0)
+        shape = (
+            "none" if not depth else f"chain of {depth}" if r["tree_nodes"] == depth + 1 else f"{r['tree_nodes']} nodes"
+        )
+        lines.append(
+            f"{r['temperature']:11.1f}  {r['plain']['tokens_per_s']:11.1f}  {r['medusa']['tokens_per_s']:12.1f}  "
+            f"{r['speedup']:6.2f}x  {r['acceptance_length']:17.2f}  {shape:11}  "
+            f"{r['equal_sequences']:4d}/{r['sequences']:<4d}  {r['repeated_8grams']:15.0%}"
+        )
+    return "\n".join(lines)

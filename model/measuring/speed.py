@@ -1,0 +1,162 @@
+"""Plain decoding and Medusa side by side: the same prompts, one process, in turn. Also picks the tree that pays.
+
+Plain decoding has a context of its own (one sequence, no states), so that nothing flatters the comparison.
+Times run from the end of the prompt to the end of the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from statistics import median
+from typing import Any
+
+from model.decoding.generation import Generation, Request
+from model.decoding.planning import ROOT_ONLY
+from model.decoding.step import Stats
+from model.engine import Decoder, Engine
+from model.trees.tree import Tree
+
+WORTH = 1.02  # a tree must beat plain decoding by this much in the trial; less is noise
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where a text parts from the plain one: prompt and position count from 0, the margin is in logits."""
+
+    prompt: int
+    position: int
+    margin: float
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a tree reached in a trial, against plain decoding."""
+
+    tree: Tree
+    speedup: float
+    acceptance_length: float
+
+
+def choose_tree(engine: Engine, requests: Sequence[Request], *, draft_vocab: int = 0, tokens: int = 64) -> list[Trial]:
+    """Time chains of every length on some requests, in turn; return the trials, best first, "no draft" among them.
+
+    Chains that gain less than 2 % rank behind no draft at all.
+    """
+    trees = [ROOT_ONLY, *(Tree.chain(n) for n in range(1, engine.n_heads + 1))]
+    decoders = [engine.decoder(tree, draft_vocab=draft_vocab) for tree in trees]
+    short = [replace(r, max_tokens=min(tokens, r.max_tokens), stop=()) for r in requests]
+    for decoder in decoders:
+        decoder.time(short[0])
+    rates: list[list[float]] = [[] for _ in trees]
+    totals = [Stats() for _ in trees]
+    for request in short:
+        for _ in range(2):
+            for i, decoder in enumerate(decoders):
+                generation, seconds = decoder.time(request)
+                rates[i].append(len(generation.tokens) / seconds)
+                _add(totals[i], generation.slot.stats)
+    for decoder in decoders:
+        decoder.base.close()
+    ratios = [median(a / b for a, b in zip(r, rates[0], strict=True)) for r in rates]
+    trials = [Trial(t, r, s.acceptance_length) for t, r, s in zip(trees, ratios, totals, strict=True)]
+    return sorted(trials, key=lambda t: -t.speedup if len(t.tree) == 1 or t.speedup >= WORTH else 0.0)
+
+
+def compare(
+    engine: Engine,
+    requests: Sequence[Request],
+    tree: Tree,
+    *,
+    runs: int = 3,
+    draft_vocab: int = 0,
+    drafting: Decoder | None = None,
+) -> dict[str, Any]:
+    """Write all texts `runs` times both ways, in turn; return the figures of `bench` (rates are medians over runs).
+
+    drafting: the decoder to hold against plain decoding; without it, the heads' for `tree`.
+    """
+    plain, medusa = engine.decoder(), drafting or engine.decoder(tree, draft_vocab=draft_vocab)
+    for decoder in (plain, medusa):
+        decoder.time(replace(requests[0], max_tokens=min(16, requests[0].max_tokens)))
+    times: list[tuple[float, float]] = []
+    texts: list[tuple[Generation, Generation]] = []
+    stats = Stats()
+    for run in range(runs):
+        seconds = [0.0, 0.0]
+        texts.clear()
+        for i, request in enumerate(requests):
+            pair = {}
+            for kind in (0, 1) if (i + run) % 2 else (1, 0):
+                pair[kind], spent = (plain, medusa)[kind].time(request)
+                seconds[kind] += spent
+            texts.append((pair[0], pair[1]))
+            _add(stats, pair[1].slot.stats)
+        times.append((seconds[0], seconds[1]))
+    counts = [sum(len(pair[kind].tokens) for pair in texts) for kind in (0, 1)]
+    divergences = find_divergences(plain, [p for p, _ in texts], [m for _, m in texts], requests)
+    micro = 1e6 / max(stats.steps, 1)
+    result = {
+        "plain": {"tokens_per_s": counts[0] / median(t[0] for t in times)},
+        "medusa": {"tokens_per_s": counts[1] / median(t[1] for t in times)},
+        "speedup": median((counts[1] / t[1]) / (counts[0] / t[0]) for t in times),
+        "acceptance_length": stats.acceptance_length,
+        "acceptance_rate_per_depth": [a / r if r else 0.0 for a, r in zip(stats.accepted, stats.reached, strict=True)],
+        "tree": [list(path) for path in tree.paths[1:]],
+        "tree_nodes": len(tree),
+        "draft_us": stats.draft_s * micro,
+        "decode_us": stats.decode_s * micro,
+        "verify_us": stats.verify_s * micro,
+        "other_us": stats.other_s * micro,
+        "equal_sequences": len(texts) - len(divergences),
+        "sequences": len(texts),
+        "divergences": [asdict(d) for d in divergences],
+        "repeated_8grams": repeated_ngrams([p.tokens for p, _ in texts]),
+        "text_pairs": [(engine.model.detokenize(p.tokens), engine.model.detokenize(m.tokens)) for p, m in texts],
+    }
+    plain.base.close()
+    medusa.base.close()
+    return result
+
+
+def find_divergences(
+    plain: Decoder, ours: list[Generation], theirs: list[Generation], requests: Sequence[Request]
+) -> list[Divergence]:
+    """List where texts part from plain decoding's, with plain decoding's distance between the two tokens there."""
+    found: list[Divergence] = []
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a.tokens == b.tokens:
+            continue
+        at = next((k for k, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), -1)
+        if at < 0:  # one is the other's beginning
+            found.append(Divergence(i, min(len(a.tokens), len(b.tokens)), float("nan")))
+            continue
+        again = plain.start(replace(requests[i], max_tokens=at + 1), keep_logits=True)
+        again.run()
+        assert again.slot.trace is not None
+        found.append(Divergence(i, at, again.slot.sampler.margin(again.slot.trace[-1], b.tokens[at], at)))
+    return found
+
+
+def repeated_ngrams(texts: Sequence[Sequence[int]], n: int = 8) -> float:
+    """Return the share of n-grams that stood in the same text before: how much it loops."""
+    repeats = total = 0
+    for text in texts:
+        seen: set[tuple[int, ...]] = set()
+        for i in range(len(text) - n + 1):
+            gram = tuple(text[i : i + n])
+            repeats += gram in seen
+            total += 1
+            seen.add(gram)
+    return repeats / total if total else 0.0
+
+
+def _add(total: Stats, one: Stats) -> None:
+    for depth in range(len(one.reached)):
+        if depth == len(total.reached):
+            total.reached.append(0)
+            total.accepted.append(0)
+        total.reached[depth] += one.reached[depth]
+        total.accepted[depth] += one.accepted[depth]
+    for name in ("steps", "emitted", "draft_s", "decode_s", "verify_s", "other_s"):
+        setattr(total, name, getattr(total, name) + getattr(one, name))

@@ -1,0 +1,277 @@
+"""Train Medusa heads for a GGUF file: check the model, read text, extract states, train, say what to type next.
+
+python model/train_medusa.py --base_model_path X.gguf --dataset_name chats.jsonl
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import sys
+import sysconfig
+from collections.abc import Callable
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+ROOT = Path(__file__).resolve().parents[1]
+if __name__ == "__main__":
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads beside llama.cpp's: both are slow
+    sys.path[0] = str(ROOT)
+
+import click  # noqa: E402
+import torch  # noqa: E402
+
+from config import HEADS_FOLDER, Settings  # noqa: E402
+from model.base.chat import ChatTemplate  # noqa: E402
+from model.base.gguf_file import GGUFFile  # noqa: E402
+from model.base.llama import LlamaModel  # noqa: E402
+from model.base.lm_head import check_lm_head  # noqa: E402
+from model.base.load_check import check_loads  # noqa: E402
+from model.errors import MedusaError, ModelFileError, UsageError  # noqa: E402
+from model.heads.files import base_facts  # noqa: E402
+from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
+from model.training.batches import Batches  # noqa: E402
+from model.training.checkpoints import read_run  # noqa: E402
+from model.training.documents import read_documents  # noqa: E402
+from model.training.extraction import States, StreamedStates, open_base  # noqa: E402
+from model.training.options import TrainOptions, read_config  # noqa: E402
+from model.training.states import CacheKey, cached_states  # noqa: E402
+from model.training.storage import require_writable  # noqa: E402
+from model.training.text import Sample, digest, make_samples, split_samples, token_counts  # noqa: E402
+from model.training.trainer import Trainer, TrainResult  # noqa: E402
+
+BUNDLED = "tiny-python"  # its heads in medusa_heads_weights/ come with the project and are not overwritten
+LONGEST = 1024  # tokens per sequence, where nothing is said
+
+
+def train(options: TrainOptions) -> TrainResult:
+    """Train heads as the options say; progress is shown on the terminal. Raises MedusaError."""
+    settings = Settings.load()
+    device = choose_device(options.device)
+    with contextlib.ExitStack() as opened:
+        # The model: can it be loaded, rolled back, and read with the LM head that the file holds?
+        file = check_loads(Path(options.base_model_path))
+        output_dir = choose_output_dir(options, file.path)
+        require_writable(output_dir)
+        max_length = choose_length(options.max_length, file.context_length)
+        model = opened.enter_context(contextlib.closing(load_model(file, settings)))
+        check_lm_head(model, file, settings.n_threads)
+        click.echo(f"model   {file.name} ({file.file_type}): D={file.n_embd}, V={file.n_vocab}, {file.n_layer} layers")
+
+        # The text: documents, tokens, windows; some of them are kept for validation.
+        documents = read_documents(options.dataset_name, options.dataset_split)
+        samples = make_samples(documents, model, chat_template(file), max_length, options.max_tokens)
+        learn, check = split_samples(samples, options.val_fraction, options.seed)
+        n_tokens = sum(len(sample.tokens) for sample in samples)
+        click.echo(
+            f"text    {data_source(options)}: {n_tokens:,} tokens, {len(samples):,} sequences up to {max_length}"
+        )
+
+        # The states: what the model makes of the text, kept on disk or made anew in each epoch.
+        states: States
+        if options.cache == "off":
+            states = StreamedStates(opened.enter_context(open_base(model, max_length, settings.n_threads)), samples)
+        else:
+            states = kept_states(options, file, model, samples, max_length, settings.n_threads)
+            opened.close()  # the memory is the heads' from here on
+
+        # The heads: as they are at first, or where an earlier run left them.
+        torch.set_num_threads(settings.n_threads)
+        torch.manual_seed(options.seed)
+        heads = new_heads(options, file).to(device)
+        n_learnt = sum(p.numel() for p in heads.parameters())
+        click.echo(f"heads   {options.k_heads}, {n_learnt:,} parameters, on {device.type}")
+        size = options.batch_size * max_length
+        batches, validation = (Batches(states, indices, options.k_heads, size) for indices in (learn, check))
+        facts = {
+            **base_facts(file),
+            "token_counts": token_counts((samples[i] for i in learn), file.n_vocab),
+            "training": {"data_source": data_source(options), "tokens": n_tokens, "max_length": max_length},
+        }
+        identity = {"text (SHA-256)": digest(samples), "base model (SHA-256)": file.file_fingerprint()}
+        trainer = Trainer(heads, batches, validation, options, output_dir, facts=facts, identity=identity)
+        if options.resume_from:
+            trainer.resume(Path(options.resume_from))
+
+        # The training itself.
+        return trainer.fit()
+
+
+def load_model(file: GGUFFile, settings: Settings) -> LlamaModel:
+    """Return the model. Raises ModelFileError where nothing could be drafted for it."""
+    model = LlamaModel(
+        file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap, use_mlock=settings.use_mlock
+    )
+    if model.can_roll_back:
+        return model
+    model.close()
+    raise ModelFileError(f"{file.path}: {file.architecture} models cannot roll back, so nothing can be drafted")
+
+
+def new_heads(options: TrainOptions, file: GGUFFile) -> MedusaHeads:
+    """Return untrained heads for a model."""
+    shape = HeadsConfig(
+        options.k_heads, file.n_embd, file.n_vocab, options.head_layers, options.hidden_dim, options.lm_head
+    )
+    return MedusaHeads(shape, torch.from_numpy(file.output_weight()), file.logit_scale, file.soft_cap)
+
+
+def kept_states(
+    options: TrainOptions, file: GGUFFile, model: LlamaModel, samples: list[Sample], max_length: int, n_threads: int
+) -> States:
+    """Return the states of all samples, extracted into the cache where they aren't there yet."""
+    key = CacheKey(file.file_fingerprint(), file.heads_fingerprint(), digest(samples), max_length, options.cache_dtype)
+    default = ROOT / ".cache" / "states" / f"{file.path.stem}-{key.folder_name()}"
+    folder = Path(options.cache_dir) if options.cache_dir else default
+    return cached_states(
+        lambda: open_base(model, max_length, n_threads), file.n_embd, samples, folder, key,
+        data_source=data_source(options),
+    )  # fmt: skip
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device to train on. Raises UsageError for a GPU that torch doesn't see."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_length(asked: int, context_length: int) -> int:
+    """Return the tokens per sequence. Raises UsageError where the model wasn't made for so many."""
+    if asked > context_length:
+        raise UsageError(f"--max_length {asked}: the model's context holds {context_length} tokens")
+    if 0 < asked < 8:
+        raise UsageError(f"--max_length {asked}: too short to learn from; use 8 or more")
+    return asked or min(LONGEST, context_length)
+
+
+def choose_output_dir(options: TrainOptions, base_model: Path) -> Path:
+    """Return the folder that is named, that of the run that is resumed, or the model's own."""
+    if options.output_dir:
+        return Path(options.output_dir)
+    if options.resume_from:
+        folder = Path(options.resume_from)
+        return folder.parent if folder.name == "medusa_heads_latest" else folder
+    return default_output_dir(base_model)
+
+
+def default_output_dir(base_model: Path) -> Path:
+    """Return the model's own folder below medusa_heads_weights/; never the one whose heads come with the project."""
+    bundled = base_model.stem.split(".")[0] == BUNDLED
+    return HEADS_FOLDER / (f"{BUNDLED}-retrained" if bundled else base_model.stem)
+
+
+def data_source(options: TrainOptions) -> str:
+    """Name the text in one line."""
+    if not options.dataset_name:
+        return f"standard library of Python {sysconfig.get_python_version()}"
+    local = Path(options.dataset_name).expanduser().exists()
+    return options.dataset_name if local else f"{options.dataset_name} [{options.dataset_split}]"
+
+
+def chat_template(file: GGUFFile) -> ChatTemplate:
+    """Return the GGUF's chat template, or Vicuna's."""
+
+    def piece(kind: str) -> str:
+        number = file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        return str(file.metadata["tokenizer.ggml.tokens"][number]) if isinstance(number, int) else ""
+
+    return ChatTemplate(file.metadata.get("tokenizer.chat_template"), bos=piece("bos"), eos=piece("eos"))
+
+
+def absolute(options: TrainOptions) -> TrainOptions:
+    """Return the options with whole paths, so that a run can be resumed from any directory."""
+    places = ["base_model_path", "output_dir", "cache_dir", "resume_from"]
+    if Path(options.dataset_name).expanduser().exists():
+        places.append("dataset_name")
+    values = {name: getattr(options, name) for name in places}
+    whole: dict[str, Any] = {name: os.path.abspath(Path(v).expanduser()) for name, v in values.items() if v}
+    return replace(options, **whole)
+
+
+def resume_command(output_dir: Path) -> str:
+    """Return what to type to go on with a run."""
+    script = os.path.relpath(Path(__file__).resolve())
+    return f"python {shlex.quote(script)} --resume_from {shlex.quote(str(output_dir))}"
+
+
+def report(result: TrainResult, base_model: str) -> None:
+    """Say where things lie, and what to type next."""
+    if result.interrupted:
+        click.echo(f"stopped after {result.steps} steps; saved in {result.latest}; to go on:")
+        click.echo(f"  {resume_command(result.output_dir)}")
+        return
+    main = shlex.quote(os.path.relpath(ROOT / "main.py"))
+    click.echo(f"done    {result.steps} steps in {result.seconds:.0f} s; heads in {result.best}")
+    click.echo(f"curves  {result.output_dir / 'training.png'}; all figures: {result.output_dir / 'metrics.jsonl'}")
+    click.echo("now     measure what they bring, with")
+    paths = f"MODEL_PATH={shlex.quote(base_model)} MEDUSA_WEIGHTS_PATH={shlex.quote(str(result.best))}"
+    click.echo(f"  {paths} python {main} bench")
+
+
+def _from_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
+    """Let the YAML file set what the command line doesn't."""
+    values = read_config(path) if path else {}
+    context.default_map = {**(context.default_map or {}), **values}
+
+
+def _from_run(context: click.Context, parameter: click.Parameter, folder: str) -> str:
+    """Let the run that is resumed set what neither command line nor YAML file does."""
+    if folder:
+        saved = {name: value for name, value in read_run(Path(folder))["options"].items() if name != "output_dir"}
+        context.default_map = {**saved, **(context.default_map or {})}
+    return folder
+
+
+def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command all fields of TrainOptions as options."""
+    hints = get_type_hints(TrainOptions)
+    for item in reversed(fields(TrainOptions)):
+        kind, least = hints[item.name], item.metadata["least"]
+        if get_origin(kind) is Literal:
+            kind = click.Choice(get_args(kind))
+        elif least is not None:
+            kind = click.IntRange(min=int(least)) if kind is int else click.FloatRange(min=least)
+        decorate = click.option(
+            f"--{item.name}", type=kind, default=item.default, show_default=item.default != "",
+            help=item.metadata["help"], is_eager=item.name == "resume_from",
+            callback=_from_run if item.name == "resume_from" else None,
+        )  # fmt: skip
+        command = decorate(command)
+    return command
+
+
+@click.command()
+@click.option(
+    "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_from_config,
+    help="YAML file that sets any of these; the command line wins.",
+)  # fmt: skip
+@_click_options
+def main(**values: Any) -> None:
+    """Train Medusa heads for a GGUF file."""
+    options = absolute(TrainOptions(**values))
+    if not options.base_model_path:
+        options = replace(options, base_model_path=str(Settings.load().model_path))
+    result = train(options)
+    report(result, options.base_model_path)
+    if result.interrupted:
+        sys.exit(130)
+
+
+def run() -> None:
+    """Run the command; what a user can cause is one line and exit status 2."""
+    try:
+        main(standalone_mode=False)
+    except (MedusaError, click.ClickException) as error:
+        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        click.echo(f"error: {message}", err=True)
+        sys.exit(2)
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("stopped; the same command goes on with the states that are finished", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    run()

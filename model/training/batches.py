@@ -1,0 +1,95 @@
+"""Samples and their states in, batches of training positions out.
+
+A head looks at one state only, so a batch is a row of positions, whichever samples they come from: packed to
+the brim, without padding; positions that no head learns from (a prompt's) are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from model.training.extraction import States
+from model.training.text import Sample
+
+
+@dataclass(frozen=True)
+class Batch:
+    """states: (N, D), in the type they are stored in; targets: (N, K) int64, -1 where there is nothing to learn."""
+
+    states: Tensor
+    targets: Tensor
+
+
+def head_targets(sample: Sample, k_heads: int) -> npt.NDArray[np.int64]:
+    """Return the targets (T, K) of one sample: head i (from 1) at position t drafts the token at t+1+i."""
+    wanted = np.where(sample.mask, sample.tokens, -1).astype(np.int64)
+    padded = np.concatenate([wanted[2:], np.full(k_heads + 1, -1)])
+    return np.lib.stride_tricks.sliding_window_view(padded, k_heads)[: len(wanted)]
+
+
+class Batches:
+    """The positions of some samples, in batches of at most `size`, all about as large."""
+
+    def __init__(self, states: States, indices: Sequence[int], k_heads: int, size: int) -> None:
+        self._states, self._k_heads = states, k_heads
+        self._indices = np.array(indices, np.int64)
+        self._counts = np.zeros(len(states.samples), np.int64)
+        for i in indices:
+            self._counts[i] = (head_targets(states.samples[i], k_heads) >= 0).any(axis=1).sum()
+        self.n_positions = int(self._counts.sum())
+        self._n_batches = -(-self.n_positions // size)
+        self._size = -(-self.n_positions // max(1, self._n_batches))  # a last batch of a few would shake the weights
+
+    def __len__(self) -> int:
+        return self._n_batches
+
+    def epoch(self, seed: Sequence[int] | None = None, since: int = 0) -> Iterator[Batch]:
+        """Yield the batches number `since` and later, samples mixed by the seed (None: in their order)."""
+        order = self._indices if seed is None else np.random.default_rng(seed).permutation(self._indices)
+        ends = np.cumsum(self._counts[order])
+        first = int(np.searchsorted(ends, since * self._size, side="right"))
+        skip = since * self._size - (int(ends[first - 1]) if first else 0)
+        states: list[Tensor] = []
+        targets: list[Tensor] = []
+        held = -skip
+        for rows, wanted in self._rows(order.tolist(), first):
+            states.append(rows)
+            targets.append(wanted)
+            held += len(rows)
+            if held >= self._size:
+                whole, goals = torch.cat(states)[skip:], torch.cat(targets)[skip:]
+                skip = 0
+                full = len(whole) - len(whole) % self._size
+                for at in range(0, full, self._size):
+                    yield Batch(whole[at : at + self._size], goals[at : at + self._size])
+                states, targets, held = [whole[full:]], [goals[full:]], len(whole) - full
+        if held > 0:
+            yield Batch(torch.cat(states)[skip:], torch.cat(targets)[skip:])
+
+    def _rows(self, order: list[int], first: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield each sample's states and targets at the positions that teach something."""
+        dim = 0
+        missing = 0  # positions without states before the first states: their width is not known yet
+        for i, states in zip(order[first:], self._states.read(order, first), strict=True):
+            targets = head_targets(self._states.samples[i], self._k_heads)
+            at = np.flatnonzero((targets >= 0).any(axis=1))
+            if states is None:
+                missing += len(at)
+                continue
+            dim = states.shape[1]
+            if missing:
+                yield self._nothing(missing, dim, states.dtype)
+                missing = 0
+            yield states[torch.from_numpy(at)], torch.from_numpy(targets[at])
+        if missing and dim:
+            yield self._nothing(missing, dim, torch.float16)
+
+    def _nothing(self, n: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return rows that keep the place of a sample whose states cannot be used."""
+        return torch.zeros((n, dim), dtype=dtype), torch.full((n, self._k_heads), -1)

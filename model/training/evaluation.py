@@ -1,0 +1,97 @@
+"""How good heads are on held-out text: loss, accuracies, and how many tokens a chain of drafts would earn per step.
+
+Measured on given text, token by token; what a running model accepts of its own text differs somewhat.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.heads.medusa import MedusaHeads
+from model.training.batches import Batch
+
+RANKS = 10
+LOGIT_BYTES = 256 << 20  # of one chunk
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Figures of one validation; lists go by head.
+
+    loss: weighted as in training; rank_accuracies: (K, RANKS), how often the wanted token is the r-th best
+    guess, given that the best guesses of all heads before were right; acceptance_length: tokens per step of a
+    chain of best guesses, the base model's own included.
+    """
+
+    loss: float
+    losses: list[float]
+    top1: list[float]
+    top5: list[float]
+    rank_accuracies: list[list[float]]
+    acceptance_length: float
+    positions: int
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures for a log: without the ranks."""
+        return {key: value for key, value in vars(self).items() if key != "rank_accuracies"}
+
+
+class _Sums:
+    """What is counted, by head: (K,) or (K, RANKS + 1), the last place for worse ranks."""
+
+    def __init__(self, k_heads: int) -> None:
+        self.losses = torch.zeros(k_heads, dtype=torch.float64)
+        self.counts = torch.zeros(k_heads, dtype=torch.int64)
+        self.ranks = torch.zeros((k_heads, RANKS + 1), dtype=torch.int64)
+        self.reached = torch.zeros((k_heads, RANKS + 1), dtype=torch.int64)
+
+    def add(self, logits: Tensor, targets: Tensor) -> None:
+        """Count logits (K, n, V) against targets (n, K)."""
+        alive = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        for k, (scores, wanted) in enumerate(zip(logits, targets.T, strict=True)):
+            valid = wanted >= 0
+            mine = scores.gather(1, wanted.clamp(min=0)[:, None])
+            losses = scores.logsumexp(1) - mine[:, 0]
+            ranks = (scores > mine).sum(1).clamp(max=RANKS)
+            alive = alive & valid
+            self.losses[k] += losses[valid].double().sum().cpu()
+            self.counts[k] += int(valid.sum())
+            self.ranks[k] += torch.bincount(ranks[valid], minlength=RANKS + 1).cpu()
+            self.reached[k] += torch.bincount(ranks[alive], minlength=RANKS + 1).cpu()
+            alive = alive & (ranks == 0)
+
+
+def head_weights(k_heads: int) -> Tensor:
+    """Return the weights (K,) of the heads' losses: 0.8^k, as in the Medusa paper."""
+    return 0.8 ** torch.arange(k_heads, dtype=torch.float32)
+
+
+@torch.no_grad()
+def evaluate(heads: MedusaHeads, batches: Iterable[Batch]) -> Evaluation:
+    """Measure heads on batches of positions, in float32."""
+    config = heads.config
+    sums = _Sums(config.k_heads)
+    device = heads.weight.device
+    chunk = max(1, LOGIT_BYTES // (4 * config.vocab * config.k_heads))
+    positions = 0
+    for batch in batches:
+        for states, targets in zip(batch.states.split(chunk), batch.targets.split(chunk), strict=True):
+            sums.add(heads.logits(states.to(device, torch.float32)), targets.to(device))
+            positions += len(targets)
+    counts = sums.counts.clamp(min=1)
+    losses = sums.losses / counts
+    rates = (sums.reached / sums.reached.sum(1, keepdim=True).clamp(min=1))[:, :RANKS]
+    return Evaluation(
+        loss=float((losses * head_weights(config.k_heads)).sum()),
+        losses=losses.tolist(),
+        top1=(sums.ranks[:, 0] / counts).tolist(),
+        top5=(sums.ranks[:, :5].sum(1) / counts).tolist(),
+        rank_accuracies=[[round(rate, 6) for rate in row] for row in rates.tolist()],
+        acceptance_length=1.0 + float(rates[:, 0].cumprod(0).sum()),
+        positions=positions,
+    )

@@ -1,0 +1,79 @@
+"""What can be set for a training run: names, defaults, meanings, in one place, for command line and YAML alike."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from model.errors import UsageError
+
+
+def _option(default: Any, meaning: str, least: float | None = None) -> Any:
+    return field(default=default, metadata={"help": meaning, "least": least})
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """All options of `train_medusa.py`; its `--help` is made of this table."""
+
+    base_model_path: str = _option("", "The GGUF file of the base model.")
+    k_heads: int = _option(5, "Number of heads; head i drafts i+1 tokens ahead.", 1)
+    head_layers: int = _option(1, "Residual blocks per head.", 1)
+    hidden_dim: int = _option(0, "Width inside a block; 0: the model's own. Smaller makes a bottleneck.", 0)
+    lm_head: Literal["tied", "own"] = _option(
+        "tied", "tied: the model's LM head, frozen; own: a trained copy per head."
+    )
+    dataset_name: str = _option("", "Hugging Face data set, .txt, .jsonl, .json, .parquet or folder; none: the demo's.")
+    dataset_split: str = _option("train", "Split of a Hugging Face data set, such as train[:10%].")
+    max_length: int = _option(0, "Tokens per sequence; 0: 1,024, or the model's context where that is shorter.", 0)
+    max_tokens: int = _option(0, "Take so many tokens of the data set; 0: all.", 0)
+    batch_size: int = _option(8, "Sequences of max_length per step.", 1)
+    learning_rate: float = _option(1e-3, "Peak learning rate.", 0)
+    epochs: int = _option(3, "Passes over the training text.", 1)
+    weight_decay: float = _option(0.0, "AdamW's weight decay.", 0)
+    max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0: not at all.", 0)
+    gradient_accumulation_steps: int = _option(1, "Batches per step of the optimiser.", 1)
+    output_dir: str = _option("", "Where heads go; default: a folder for the model below medusa_heads_weights/.")
+    resume_from: str = _option("", "Go on with the run in this folder; its options are taken over.")
+    val_fraction: float = _option(0.05, "Share of the documents that is validated on.", 0)
+    seed: int = _option(0, "Decides order and validation split.", 0)
+    device: Literal["auto", "cpu", "cuda"] = _option("auto", "Where heads are trained.")
+    cache: Literal["on", "off"] = _option("on", "off: states are never kept, but extracted anew in each epoch.")
+    cache_dir: str = _option("", "Where states are kept; default: a folder for model and text below .cache/states/.")
+    cache_dtype: Literal["fp16", "fp8"] = _option("fp16", "Number type of kept states.")
+
+
+FREE_TO_CHANGE = {
+    "output_dir",
+    "resume_from",
+    "device",
+    "cache_dir",
+    "base_model_path",
+    "dataset_name",
+}  # when resuming
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return the options of a YAML file. Raises UsageError for what is no mapping, and for unknown keys."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except OSError as error:
+        raise UsageError(f"--config {path}: cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UsageError(f"--config {path}: needs lines of the form 'option: value'")
+    known = {item.name for item in fields(TrainOptions)}
+    unknown = sorted(str(key) for key in values if key not in known)
+    if unknown:
+        raise UsageError(f"--config {path}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return values
+
+
+def changed_options(old: dict[str, Any], new: TrainOptions) -> list[str]:
+    """Name the options that decide about a run's result and differ from those it was begun with."""
+    now = {item.name: getattr(new, item.name) for item in fields(new)}
+    return [name for name, value in now.items() if name not in FREE_TO_CHANGE and old.get(name, value) != value]

@@ -1,0 +1,83 @@
+"""The record of a run: `metrics.jsonl`, TensorBoard logs and `training.png`. Knows nothing of how heads are trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from model.errors import OutputError
+from model.training.storage import write_whole
+
+
+class Record:
+    """Figures of steps and validations, as they come; the picture is drawn from the file's own lines."""
+
+    def __init__(self, folder: Path, until_step: int = 0) -> None:
+        """Begin a record, or go on with one: lines behind until_step belong to work that was lost, and go."""
+        from torch.utils.tensorboard import SummaryWriter  # here, not above: it takes a second
+
+        self._path, self._folder = folder / "metrics.jsonl", folder
+        self.lines = [line for line in _read(self._path) if line["step"] <= until_step]
+        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        try:
+            self._file = self._path.open("a", encoding="utf-8")
+            self._board: Any = SummaryWriter(str(folder / "runs"), purge_step=until_step + 1)
+        except OSError as error:
+            raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
+
+    def add(self, kind: str, step: int, figures: dict[str, Any]) -> None:
+        """Write one line of figures; kind: "train" or "validation"."""
+        line = {"kind": kind, "step": step, **figures}
+        self.lines.append(line)
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for name, value in figures.items():
+                heads = {f"/head{k}": v for k, v in enumerate(value, 1)} if isinstance(value, list) else {"": value}
+                for head, number in heads.items():
+                    self._board.add_scalar(f"{kind}/{name}{head}", number, step)
+        except OSError as error:
+            raise OutputError(f"{self._folder}: cannot be written ({error.strerror}); make room") from error
+
+    def draw(self) -> None:
+        """Draw loss and accuracy curves as `training.png`."""
+        import io
+
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(11, 4), layout="constrained")
+        loss, accuracy = figure.subplots(1, 2)
+        train = [line for line in self.lines if line["kind"] == "train"]
+        checks = [line for line in self.lines if line["kind"] == "validation"]
+        loss.plot([line["step"] for line in train], [line["loss"] for line in train], label="training", linewidth=1)
+        if checks:
+            steps = [line["step"] for line in checks]
+            loss.plot(steps, [line["loss"] for line in checks], "o-", label="validation")
+            for k in range(len(checks[0]["top1"])):
+                color = f"C{k % 10}"
+                accuracy.plot(steps, [c["top1"][k] for c in checks], "o-", color=color, label=f"head {k + 1}")
+                accuracy.plot(steps, [c["top5"][k] for c in checks], "o:", color=color)
+            accuracy.legend(fontsize="small", title="top 1 (dotted: top 5)")
+        loss.set(xlabel="step", ylabel="loss, weighted sum of heads", title="loss")
+        accuracy.set(xlabel="step", ylabel="share right", ylim=(0, 1), title="validation accuracy")
+        loss.legend()
+        data = io.BytesIO()
+        figure.savefig(data, format="png", dpi=110)
+        write_whole(self._folder / "training.png", data.getvalue())
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        self._board.close()
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    """Return the lines of an earlier record; one that a kill cut off is left out."""
+    lines = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            continue
+    return lines

@@ -1,0 +1,132 @@
+"""Documents in, samples out: windows of token ids, with a mask of the tokens that are to be learnt.
+
+The tokenizer is the GGUF's own. Knows neither file formats nor hidden states.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from model.base.chat import ChatTemplate, Segment
+from model.errors import DataError
+from model.training.documents import Document
+
+
+class Tokenizer(Protocol):
+    """What is needed of a model to make tokens of a text."""
+
+    bos: int
+
+    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> npt.NDArray[np.int32]:
+        """Return the ids (n,) of a text."""
+
+    def piece(self, token: int) -> bytes:
+        """Return the bytes of one token."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A window of one document: what is decoded as one sequence.
+
+    tokens: (T,) int32; mask: (T,) bool, True where a token is to be learnt; document: its number.
+    """
+
+    name: str
+    document: int
+    tokens: npt.NDArray[np.int32]
+    mask: npt.NDArray[np.bool_]
+
+
+def make_samples(
+    documents: Iterable[Document], tokenizer: Tokenizer, template: ChatTemplate, max_length: int, max_tokens: int = 0
+) -> list[Sample]:
+    """Tokenize documents and cut them into windows of at most max_length tokens.
+
+    Each window begins with the model's begin mark where it has one; of a conversation only the
+    assistant's tokens are targets. max_tokens: stop there (0: take all). Raises DataError when nothing is left.
+    """
+    samples: list[Sample] = []
+    encode = _encoder(tokenizer)
+    first = tokenizer.tokenize("", add_bos=True)[:1]
+    bos = first[first == tokenizer.bos]
+    budget = max_tokens
+    for number, document in enumerate(documents):
+        parts = template.segments(list(document.messages)) if document.messages else [Segment(document.text, True)]
+        rows = [encode(part.text, bool(document.messages), i > 0) for i, part in enumerate(parts)]
+        tokens = np.concatenate([np.empty(0, np.int32), *rows])
+        mask = np.repeat([part.answer for part in parts], [len(row) for row in rows]).astype(np.bool_)
+        if len(bos) and len(tokens) and tokens[0] == tokenizer.bos:  # the template wrote it
+            tokens, mask = tokens[1:], mask[1:]
+        window = max_length - len(bos)
+        for at in range(0, len(tokens), window):
+            piece, learn = tokens[at : at + window], mask[at : at + window]
+            if max_tokens:
+                piece, learn = piece[: max(budget - len(bos), 0)], learn[: max(budget - len(bos), 0)]
+            if not learn[
+                2 - len(bos) :
+            ].any():  # nothing that head 1 could learn: it drafts the third token at the earliest
+                continue
+            whole = np.concatenate([bos, piece]).astype(np.int32)
+            learn = np.concatenate([np.zeros(len(bos), np.bool_), learn])
+            samples.append(Sample(f"{document.name}+{at}", number, whole, learn))
+            budget -= len(whole)
+        if max_tokens and budget < 3:
+            break
+    if not samples:
+        raise DataError("the data set is empty: not one text of three tokens or more that could be learnt")
+    return samples
+
+
+def _encoder(tokenizer: Tokenizer) -> Callable[[str, bool, bool], npt.NDArray[np.int32]]:
+    """Return a function that encodes parts of one text as if they stood together.
+
+    Tokenizers that put a space before every text would put a second one before a part that begins with a space.
+    """
+    start = tokenizer.tokenize("a", add_bos=False)
+    adds_space = tokenizer.piece(int(start[0])).startswith(b" ") if len(start) else False
+
+    def encode(text: str, special: bool, later: bool) -> npt.NDArray[np.int32]:
+        cut = int(later and adds_space and text.startswith(" "))
+        return tokenizer.tokenize(text[cut:], add_bos=False, parse_special=special)
+
+    return encode
+
+
+def token_counts(samples: Iterable[Sample], n_vocab: int) -> npt.NDArray[np.int64]:
+    """Count how often each token is a target: (V,)."""
+    learnt = np.concatenate([sample.tokens[sample.mask] for sample in samples])
+    return np.bincount(learnt, minlength=n_vocab).astype(np.int64)
+
+
+def digest(samples: Iterable[Sample]) -> str:
+    """Return the SHA-256 of all samples' tokens and masks: states belong to exactly these."""
+    total = hashlib.sha256()
+    for sample in samples:
+        total.update(len(sample.tokens).to_bytes(8, "little"))
+        total.update(sample.tokens.tobytes())
+        total.update(sample.mask.tobytes())
+    return total.hexdigest()
+
+
+def split_samples(samples: list[Sample], val_fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Return the indices of training and validation samples: whole documents where there are enough of them.
+
+    Raises DataError where there are not two samples.
+    """
+    if len(samples) < 2:
+        raise DataError(
+            "the data set gives one sample only; training needs a second one to validate on: give more text"
+        )
+    keys = [sample.document for sample in samples]
+    if len(set(keys)) == 1:
+        keys = list(range(len(samples)))
+    groups = np.random.default_rng(seed).permutation(np.unique(keys))
+    chosen = set(groups[: min(max(1, round(val_fraction * len(groups))), len(groups) - 1)].tolist())
+    validation = [i for i, key in enumerate(keys) if key in chosen]
+    return [i for i, key in enumerate(keys) if key not in chosen], validation

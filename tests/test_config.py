@@ -1,0 +1,113 @@
+"""Settings: defaults, bad values, and the README's table."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import config
+from config import ROOT, Settings, settings_table
+from model.base.llama import KV_TYPES
+from model.errors import UsageError
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(name.upper(), raising=False)
+
+
+def test_defaults() -> None:
+    s = Settings.load()
+    assert s.model_path == ROOT / "models" / "tiny-python.Q4_0.gguf"
+    assert s.medusa_weights_path is None
+    assert (s.n_gpu_layers, s.use_mmap, s.use_mlock, s.kv_type, s.flash_attn) == (-1, True, False, "f16", None)
+    assert (s.medusa_k_heads, s.medusa_max_tokens_per_step, s.log_level) == (None, 64, "WARNING")
+    assert 1 <= s.n_threads <= len(os.sched_getaffinity(0))
+
+
+def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {
+        "MODEL_PATH": "a/b.gguf", "MEDUSA_WEIGHTS_PATH": "heads", "MODEL_CONTEXT_SIZE": "512", "N_GPU_LAYERS": "7",
+        "N_THREADS": "3", "USE_MMAP": "false", "USE_MLOCK": "1", "FLASH_ATTENTION": "off", "KV_TYPE": "q8_0",
+        "MEDUSA_K_HEADS": "2", "MEDUSA_MAX_TOKENS_PER_STEP": "16", "LOG_LEVEL": "DEBUG",
+    }  # fmt: skip
+    assert {name.lower() for name in values} == set(Settings.model_fields)  # every variable is tried
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    s = Settings.load()
+    assert (s.model_path, s.medusa_weights_path) == (Path("a/b.gguf"), Path("heads"))
+    assert (s.model_context_size, s.n_gpu_layers, s.n_threads) == (512, 7, 3)
+    assert (s.use_mmap, s.use_mlock, s.flash_attn, s.kv_type) == (False, True, False, "q8_0")
+    assert (s.medusa_k_heads, s.medusa_max_tokens_per_step, s.log_level) == (2, 16, "DEBUG")
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("N_THREADS", "")
+    monkeypatch.setenv("MODEL_PATH", "")
+    assert Settings.load().model_path.name == "tiny-python.Q4_0.gguf"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("MODEL_CONTEXT_SIZE", "-1"), ("MODEL_CONTEXT_SIZE", "4k"), ("N_GPU_LAYERS", "-2"), ("N_THREADS", "0"),
+        ("N_THREADS", "many\nof them"), ("USE_MMAP", "maybe"), ("USE_MLOCK", "2"), ("FLASH_ATTENTION", "yes"),
+        ("KV_TYPE", "q3_0"), ("MEDUSA_K_HEADS", "0"), ("MEDUSA_MAX_TOKENS_PER_STEP", "257"), ("LOG_LEVEL", "LOUD"),
+    ],
+)  # fmt: skip
+def test_a_bad_value_is_named_with_its_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError) as error:
+        Settings.load()
+    assert str(error.value).startswith(f"{name}={value!r}: ")
+    assert "\n" not in str(error.value)
+
+
+def test_context_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [Settings.load().context_size(trained) for trained in (1024, 4096, 131_072)] == [1024, 4096, 4096]
+    monkeypatch.setenv("MODEL_CONTEXT_SIZE", "8192")
+    assert Settings.load().context_size(1024) == 8192
+
+
+def test_kv_types_are_those_that_the_base_takes() -> None:
+    assert set(get_args(Settings.model_fields["kv_type"].annotation)) == set(KV_TYPES)
+
+
+def test_usable_cores_follow_affinity_siblings_and_quota(monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[str, str] = {}
+    monkeypatch.setattr(config, "_text", lambda path: files.get(path, ""))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2, 3}, raising=False)
+    assert config.usable_cores() == 4
+    for n, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+        files[f"/sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list"] = siblings
+    assert config.usable_cores() == 2
+    files["/sys/fs/cgroup/cpu.max"] = "max 100000"
+    assert config.usable_cores() == 2
+    files["/sys/fs/cgroup/cpu.max"] = "150000 100000"
+    assert config.usable_cores() == 1
+    files["/sys/fs/cgroup/cpu.max"] = "20000 100000"
+    assert config.usable_cores() == 1
+
+
+def test_the_readme_holds_the_table() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
+    if "<!-- settings -->" not in text:
+        pytest.skip("README.md has no <!-- settings --> marker yet")
+    table = text.split("<!-- settings -->")[1].split("<!-- /settings -->")[0].strip()
+    assert table == settings_table(), "run `python config.py` and put its output between README.md's markers"
+
+
+def test_the_table_names_every_variable_once() -> None:
+    table = settings_table().split("\n")
+    assert [row.split("`")[1].lower() for row in table[2:]] == list(Settings.model_fields)
+    assert all(row.count("|") == 5 for row in table)
+    assert str(ROOT) not in settings_table()
+    printed = subprocess.run([sys.executable, ROOT / "config.py"], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == settings_table()

@@ -1,0 +1,176 @@
+"""The directions of imports (shared by all of `model/`), and that entry points run from anywhere."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY_POINTS = ("main", "model.train_medusa", "model.distill")
+BELOW = {  # what each room of model/ may import, besides itself
+    "errors": set[str](),
+    "base": {"errors"},
+    "trees": {"errors"},
+    "heads": {"errors", "base", "trees"},
+    "decoding": {"errors", "base", "trees"},
+    "engine": {"errors", "base", "trees", "heads", "decoding"},  # where heads and decoding meet
+    "measuring": {"errors", "base", "trees", "heads", "decoding", "engine"},
+    "training": {"errors", "base", "trees", "heads", "decoding"},
+    "serving": {"errors", "base", "trees", "heads", "decoding", "engine", "training"},
+}
+CONFINED = {"llama_cpp": {"base"}, "gguf": {"base"}, "torch": {"heads", "training", "serving"}}
+
+
+def imports(path: Path, module: str, *, types: bool) -> Iterator[str]:
+    """Yield the full names that a file imports anywhere in it; `from a import b` gives a.b.
+
+    types: with those under `if TYPE_CHECKING`, which never run.
+    """
+    package = module.split(".") if path.name == "__init__.py" else module.split(".")[:-1]
+    waiting: list[ast.AST] = [ast.parse(path.read_text(encoding="utf-8"))]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            up = package[: len(package) - node.level + 1] if node.level else []
+            start = ".".join([*up, *([node.module] if node.module else [])])
+            yield from (f"{start}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:
+            waiting += node.orelse
+        else:
+            waiting += ast.iter_child_nodes(node)
+
+
+def graph(root: Path, *, types: bool = True) -> dict[str, set[str]]:
+    """Return each module of model/ with the full names that it imports."""
+    found = {}
+    for path in sorted((root / "model").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        found[module] = set(imports(path, module, types=types))
+    return found
+
+
+def violations(root: Path) -> list[str]:
+    """Return a line for each import that goes where it must not."""
+    bad = []
+    for module, names in graph(root).items():
+        if module in ENTRY_POINTS or module == "model":
+            continue
+        room = module.split(".")[1]
+        for name in sorted(names):
+            top, _, rest = name.partition(".")
+            if top in ("config", "main"):
+                bad.append(f"{module} imports {top}: for entry points alone")
+            elif room not in CONFINED.get(top, {room}):
+                bad.append(f"{module} imports {top}")
+            elif top == "model" and rest.partition(".")[0] not in BELOW.get(room, set()) | {room}:
+                bad.append(f"{module} imports {name}: upwards or sideways")
+    return bad
+
+
+def circles(root: Path) -> list[str]:
+    """Return the modules that stand on one another in a circle, and those above; types alone make none."""
+    modules = graph(root, types=False)
+    edges = {
+        module: {other for other in modules for n in names if other != module and other in (n, n.rpartition(".")[0])}
+        for module, names in modules.items()
+    }
+    while free := {m for m, targets in edges.items() if not targets & edges.keys()}:
+        edges = {m: targets for m, targets in edges.items() if m not in free}
+    return sorted(edges)
+
+
+def shadows(root: Path) -> list[str]:
+    """Return the names in model/ that would hide others when `python model/x.py` puts model/ first on sys.path."""
+    ours = {path.stem for path in (root / "model").iterdir() if path.suffix == ".py" or path.is_dir()}
+    return sorted((ours - {"__init__", "__pycache__"}) & (sys.stdlib_module_names | packages_distributions().keys()))
+
+
+def test_imports_run_downwards() -> None:
+    assert len(graph(ROOT)) > 15
+    assert violations(ROOT) == []
+    assert circles(ROOT) == []
+    assert shadows(ROOT) == []
+
+
+UP = "upwards or sideways"
+
+
+@pytest.mark.parametrize(
+    ("file", "line", "report"),
+    [
+        ("base/a.py", "from model.heads import medusa", f"base.a imports model.heads.medusa: {UP}"),
+        ("heads/a.py", "from model.decoding.step import step", f"heads.a imports model.decoding.step.step: {UP}"),
+        ("decoding/a.py", "def f():\n    import torch.nn", "decoding.a imports torch"),
+        ("decoding/a.py", "from ..heads.medusa import X", f"decoding.a imports model.heads.medusa.X: {UP}"),
+        ("trees/a.py", "from model import base", f"trees.a imports model.base: {UP}"),
+        ("training/a.py", "from llama_cpp import llama_decode", "training.a imports llama_cpp"),
+        ("heads/a.py", "import gguf.quants as q", "heads.a imports gguf"),
+        ("heads/a.py", "from config import Settings", "heads.a imports config: for entry points alone"),
+        ("errors.py", "import model.base.llama", f"errors imports model.base.llama: {UP}"),
+        ("training/a.py", "from model.train_medusa import f", f"training.a imports model.train_medusa.f: {UP}"),
+        ("attic/a.py", "import model.base", f"attic.a imports model.base: {UP}"),
+    ],
+)
+def test_a_planted_violation_is_caught(file: str, line: str, report: str, tmp_path: Path) -> None:
+    path = tmp_path / "model" / file
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(line + "\n")
+    assert violations(tmp_path) == [f"model.{report}"]
+
+
+def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
+    for file, text in {
+        "base/a.py": "import llama_cpp, gguf\nfrom model.errors import E\nfrom model.base import b\nfrom . import c",
+        "decoding/a.py": "import numpy\nfrom model.trees.tree import Tree\nfrom model.base.llama import LlamaBase",
+        "train_medusa.py": "from config import Settings\nfrom model.training.trainer import Trainer\nimport torch",
+    }.items():
+        (tmp_path / "model" / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "model" / file).write_text(text)
+    assert violations(tmp_path) == []
+
+
+def test_planted_circles_and_shadows_are_caught(tmp_path: Path) -> None:
+    (tmp_path / "model" / "base").mkdir(parents=True)
+    (tmp_path / "model" / "base" / "a.py").write_text("from model.base.b import x")
+    (tmp_path / "model" / "base" / "b.py").write_text("def f():\n    from model.base import c")
+    (tmp_path / "model" / "base" / "c.py").write_text("from .a import f")
+    (tmp_path / "model" / "base" / "d.py").write_text("from model.base.a import f")
+    assert circles(tmp_path) == ["model.base.a", "model.base.b", "model.base.c", "model.base.d"]
+    (tmp_path / "model" / "base" / "c.py").write_text("if TYPE_CHECKING:\n    from .a import f\nelse:\n    import os")
+    assert circles(tmp_path) == []
+    (tmp_path / "model" / "tokenize.py").touch()
+    (tmp_path / "model" / "datasets").mkdir()
+    assert shadows(tmp_path) == ["datasets", "tokenize"]
+
+
+def test_decoding_runs_without_torch() -> None:
+    rooms = ("model.base.", "model.trees.", "model.decoding.")
+    modules = [m for m in graph(ROOT) if m.startswith(rooms)]
+    assert any(m.startswith("model.decoding.") for m in modules)
+    code = f"import sys\nfor m in {modules}: __import__(m)\nprint('torch' in sys.modules, 'llama_cpp' in sys.modules)"
+    seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert seen.strip() == "False True"
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("script", ["main.py", "model/train_medusa.py"])
+def test_entry_points_run_from_any_directory(script: str, installed: bool, tmp_path: Path) -> None:
+    """`-S` reads no .pth files: the editable install is unseen, its dependencies are named by hand."""
+    env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    if not installed:
+        env["PYTHONPATH"] = sysconfig.get_path("purelib")
+    command = [sys.executable, *([] if installed else ["-S"]), str(ROOT / script), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage:" in done.stdout

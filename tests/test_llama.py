@@ -1,0 +1,133 @@
+"""The base model through real llama.cpp: batches, trees, states, roll-back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.base import remember
+from model.base.gguf_file import GGUFFile
+from model.base.llama import LlamaBase, LlamaModel
+from model.base.lm_head import TOLERANCE, check_lm_head, lm_head_error
+from model.decoding.step import lane_rows
+from model.errors import ContextError, ModelFileError, UsageError
+from model.trees.tree import Tree
+
+PROMPT = "import os\n\n\ndef main(argv):\n    return "
+
+
+@pytest.fixture(scope="module")
+def model(bundled_gguf: Path) -> Iterator[LlamaModel]:
+    model = LlamaModel(bundled_gguf)
+    yield model
+    model.close()
+
+
+def context(model: LlamaModel, **more: int) -> LlamaBase:
+    return LlamaBase(model, n_ctx=512, n_threads=2, **more)  # type: ignore[arg-type]
+
+
+def test_text_goes_there_and_back(model: LlamaModel) -> None:
+    tokens = model.tokenize(PROMPT)
+    assert tokens[0] == model.bos and model.detokenize(tokens) == PROMPT
+    text = "naïve → 'déjà vu' 𝄞\n\tx"
+    assert model.detokenize(model.tokenize(text, add_bos=False)) == text
+
+
+def test_states_times_lm_head_are_the_logits(model: LlamaModel, bundled_gguf: Path) -> None:
+    check_lm_head(model, GGUFFile(bundled_gguf), 2)
+    file = GGUFFile(bundled_gguf)
+    tokens = model.tokenize(PROMPT)
+    with context(model, embeddings=True) as base:
+        base.decode(tokens, 0, 0)
+        hidden, logits = base.hidden(len(tokens)).copy(), base.logits(len(tokens)).copy()
+    assert lm_head_error(file, hidden, logits) < TOLERANCE / 2
+    file.logit_scale = 0.5  # argmaxes stay, logits don't
+    assert lm_head_error(file, hidden, logits) > TOLERANCE
+    file.logit_scale, file.soft_cap = 1.0, float(np.abs(logits).max() / 2)
+    assert lm_head_error(file, hidden, logits) > TOLERANCE
+
+
+def test_an_lm_head_that_is_not_understood_is_refused(
+    model: LlamaModel, bundled_gguf: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(remember, "folder", lambda: tmp_path)
+    file = GGUFFile(bundled_gguf)
+    file.logit_scale = 2.0
+    with pytest.raises(ModelFileError, match="'llama' models"):
+        check_lm_head(model, file, 2)
+
+
+def test_prefill_and_plain_batches_agree(model: LlamaModel) -> None:
+    tokens = model.tokenize(PROMPT)
+    with context(model, embeddings=True) as a, context(model) as b:
+        a.prefill(tokens[:-1], 0, 0)
+        a.decode(tokens[-1:], len(tokens) - 1, 0)
+        b.prefill(tokens[:-1], 0, 0)
+        b.decode(tokens[-1:], len(tokens) - 1, 0)
+        np.testing.assert_array_equal(a.logits(1), b.logits(1))
+        assert np.isfinite(a.hidden(1)).all() and a.hidden(1).std() > 0.1
+
+
+def tree_logits(model: LlamaModel, tree: Tree, tokens: list[int]) -> np.ndarray:
+    prompt = model.tokenize(PROMPT)
+    with context(model, n_seq_max=len(tree.leaves), embeddings=True) as base:
+        base.prefill(prompt, 0, 0)
+        for lane in range(1, len(tree.leaves)):
+            base.seq_cp(0, lane, 0, len(prompt))
+        rows = lane_rows(tree, range(len(tree.leaves)))
+        n = base.place(0, np.array(tokens, np.int32), tree.depths + len(prompt), rows)
+        base.decode_placed(n)
+        return base.logits(n).copy()
+
+
+def test_every_node_of_a_tree_sees_its_own_path_only(model: LlamaModel) -> None:
+    tree, rng = Tree.product([3, 2]), np.random.default_rng(0)
+    tokens = rng.integers(300, model.n_vocab, len(tree)).tolist()
+    logits, prompt = tree_logits(model, tree, tokens), model.tokenize(PROMPT)
+    worst = 0.0
+    with context(model) as base:
+        for node in range(len(tree)):
+            path, at = list[int](), node
+            while at >= 0:
+                path.insert(0, tokens[at])
+                at = int(tree.parents[at])
+            base.clear()
+            base.prefill(prompt, 0, 0)
+            base.decode(np.array(path, np.int32), len(prompt), 0)
+            worst = max(worst, float(np.abs(base.logits(1)[0] - logits[node]).max()))
+    other = tree_logits(model, tree, [tokens[0], *tokens[2:], tokens[1]])
+    seen = float(np.abs(other[-1] - logits[-1]).max())
+    assert worst < 0.1 * seen, "a path decoded alone must agree far better than one with another token in it"
+
+
+def test_roll_back_leaves_no_trace(model: LlamaModel) -> None:
+    tokens = model.tokenize(PROMPT)
+    with context(model) as base:
+        base.prefill(tokens, 0, 0)
+        base.decode(np.array([500], np.int32), len(tokens), 0)
+        expected = base.logits(1).copy()
+        base.seq_rm(0, len(tokens), -1)
+        base.decode(np.array([700, 701, 702], np.int32), len(tokens), 0)
+        assert not np.array_equal(base.logits(1), expected)
+        base.seq_rm(0, len(tokens), -1)
+        base.decode(np.array([500], np.int32), len(tokens), 0)
+        np.testing.assert_array_equal(base.logits(1), expected)
+
+
+def test_a_full_cache_is_one_clear_error(model: LlamaModel) -> None:
+    with LlamaBase(model, n_ctx=256, n_threads=2) as base, pytest.raises(ContextError, match="256"):
+        base.prefill(np.full(base.n_ctx + 1, 500, np.int32), 0, 0)
+
+
+def test_bad_arguments_and_files(model: LlamaModel, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="'q9'"):
+        LlamaBase(model, n_ctx=64, n_threads=1, kv_type="q9")
+    with pytest.raises(UsageError, match="257 sequences"):
+        LlamaBase(model, n_ctx=64, n_threads=1, n_seq_max=257)
+    (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 100)
+    with pytest.raises(ModelFileError, match=r"x\.gguf"):
+        LlamaModel(tmp_path / "x.gguf")

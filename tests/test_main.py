@@ -1,0 +1,144 @@
+"""The commands, as a user types them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from config import ROOT
+from main import cli
+from model.base import remember
+from model.errors import DataError
+from model.measuring.report import read_prompts
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remember, "folder", lambda: tmp_path / "cache")
+
+
+def call(*words: str, **env: str) -> Result:
+    return CliRunner().invoke(cli, list(words), env=env)
+
+
+def test_generate_from_any_directory(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "main.py"), "generate", "import os\n", "--max_tokens", "12", "--tree", "2"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr
+    assert "12 tokens" in done.stderr and "tree of 3 nodes" in done.stderr and done.stdout.strip()
+
+
+def test_drafting_and_streaming_leave_the_text_alone() -> None:
+    words = ("generate", "def f(x):\n", "--max_tokens", "30", "--temperature", "0.7", "--seed", "5")
+    plain, drafted = call(*words, "--draft", "none"), call(*words, "--tree", "3", "--stream")
+    assert plain.exit_code == drafted.exit_code == 0 and plain.stdout == drafted.stdout
+    assert call(*words[:-1], "6", "--draft", "none").stdout != plain.stdout
+
+
+def test_auto_is_measured_once(tmp_path: Path) -> None:
+    words = ("generate", "def f(x):\n", "--max_tokens", "8")
+    assert "measuring" in call(*words).stderr and "measuring" not in call(*words).stderr
+
+
+def test_stop_and_draft_vocab() -> None:
+    whole = call("generate", "import ", "--max_tokens", "40", "--draft", "none").stdout
+    cut = call(
+        "generate", "import ", "--max_tokens", "40", "--tree", "2", "--draft_vocab", "512", "--stop", "\n"
+    ).stdout
+    assert cut == whole.split("\n")[0] + "\n"
+
+
+def test_bench_writes_every_figure(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("import os\n\ndef main():\n")
+    out = tmp_path / "out.json"
+    done = call(
+        "bench",
+        "--prompts",
+        str(tmp_path / "p.txt"),
+        "--max_tokens",
+        "16",
+        "--runs",
+        "1",
+        "--tree",
+        "2",
+        "--json",
+        str(out),
+    )
+    assert done.exit_code == 0, done.output
+    result = json.loads(out.read_text())
+    wanted = {
+        "plain",
+        "medusa",
+        "speedup",
+        "acceptance_length",
+        "acceptance_rate_per_depth",
+        "tree_nodes",
+        "draft_us",
+        "verify_us",
+        "other_us",
+        "equal_sequences",
+        "sequences",
+        "divergences",
+        "repeated_8grams",
+        "model",
+        "quantization",
+        "threads",
+        "versions",
+    }
+    assert wanted <= result.keys() and result["sequences"] == 2
+    assert result["speedup"] == pytest.approx(
+        result["medusa"]["tokens_per_s"] / result["plain"]["tokens_per_s"], rel=0.01
+    )
+
+
+def test_verify_exits_with_0_when_all_holds_and_1_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "v.json"
+    words = ("verify", "--n_prompts", "1", "--max_tokens", "24", "--json", str(out))
+    done = call(*words)
+    assert done.exit_code == 0, done.output
+    assert json.loads(out.read_text())["holds"] is True and "FAIL" not in done.output
+    monkeypatch.setattr("model.measuring.proofs.NOISE", 1e-9)
+    done = call(*words)
+    assert done.exit_code == 1 and "FAIL" in done.output and json.loads(out.read_text())["holds"] is False
+
+
+@pytest.mark.parametrize(
+    ("env", "words", "said"),
+    [
+        ({"MODEL_PATH": "nowhere.gguf"}, ["generate", "x"], "nowhere.gguf"),
+        ({"N_THREADS": "many"}, ["generate", "x"], "N_THREADS='many'"),
+        ({"MEDUSA_WEIGHTS_PATH": "nowhere"}, ["generate", "x"], "nowhere"),
+        ({}, ["generate", "x", "--tree", "99"], "99 deep"),
+        ({}, ["generate", "x", "--tree", "no.json"], "no.json"),
+        ({}, ["generate", "x", "--temperature", "-1"], "temperature -1.0"),
+        ({"MODEL_CONTEXT_SIZE": "16"}, ["generate", "x = 1\n" * 30, "--tree", "1"], "the context 16"),
+        ({}, ["bench", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        (
+            {},
+            ["bench", "--tree", "1", "--runs", "1", "--max_tokens", "1", "--json", "/nowhere/x.json"],
+            "/nowhere/x.json",
+        ),
+    ],
+)
+def test_bad_input_is_one_clear_line(env: dict[str, str], words: list[str], said: str) -> None:
+    done = call(*words, **env)
+    assert done.exit_code == 2 and said in done.stderr, done.output
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+
+
+def test_prompt_files(tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
+    assert read_prompts(file) == ["a", "b"]
+    file.write_text('{"text": "a"}\n')
+    with pytest.raises(DataError, match=r"p\.jsonl"):
+        read_prompts(file)
+    file.write_text("")
+    with pytest.raises(DataError, match="no prompts"):
+        read_prompts(file)

@@ -1,0 +1,119 @@
+"""Comparison and proofs on the bundled model: what they report is true, and the proofs can fail."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from config import HEADS_FOLDER
+from model.decoding.drafting import RandomDrafter
+from model.decoding.generation import Request
+from model.decoding.planning import ROOT_ONLY
+from model.decoding.sampling import Sampler, SamplingParams
+from model.engine import Engine, EngineOptions, find_heads
+from model.errors import HeadsError, UsageError
+from model.measuring.proofs import controls, prove, replay
+from model.measuring.speed import choose_tree, compare, repeated_ngrams
+from model.trees.tree import Tree
+
+PROMPTS = ["import os\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self):\n"]
+
+
+@pytest.fixture(scope="module")
+def engine(bundled_gguf: Path) -> Iterator[Engine]:
+    engine = Engine(bundled_gguf, EngineOptions(n_threads=2, context_size=512), None, HEADS_FOLDER)
+    yield engine
+    engine.model.close()
+
+
+def requests(engine: Engine, temperature: float = 0.0, tokens: int = 40) -> list[Request]:
+    return [engine.request(p, tokens, sampling=SamplingParams(temperature, seed=i)) for i, p in enumerate(PROMPTS)]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+def test_the_proofs_hold(engine: Engine, temperature: float) -> None:
+    cases = prove(engine, requests(engine, temperature), [Tree.chain(3), Tree.product([3, 2])])
+    assert [c.name.split(",")[0] for c in cases] == ["heads", "right drafts", "random drafts", "wrong drafts"] * 2
+    for case in cases:
+        assert case.holds, case
+        assert case.texts == 2 and (case.chains_equal is None) == ("tree" in case.name)
+        assert case.plain_equal + len(case.divergences) == 2
+    heads, right, wrong = cases[0], cases[1], cases[3]
+    assert (
+        heads.acceptance_length > 1.3 and right.acceptance_length > 3 and wrong.acceptance_length == pytest.approx(1.0)
+    )
+
+
+def test_every_planted_fault_is_noticed(engine: Engine) -> None:
+    noticed = controls(engine, requests(engine)[0], Tree.product([3, 2]))
+    assert len(noticed) == 3 and all(noticed.values()), noticed
+
+
+def test_a_text_with_one_foreign_token_does_not_pass_its_replay(engine: Engine) -> None:
+    decoder, replayer = engine.decoder(Tree.chain(2)), engine.base(sequences=2)
+    generation = decoder.start(requests(engine)[0], keep_logits=True)
+    generation.run()
+    assert replay(replayer, generation).holds
+    slot = generation.slot
+    slot.tokens[slot.prompt_length + 10] = (slot.tokens[slot.prompt_length + 10] + 1) % engine.file.n_vocab
+    assert not replay(replayer, generation).holds
+
+
+def test_a_sampled_text_replayed_with_another_seed_fails(engine: Engine) -> None:
+    decoder, replayer = engine.decoder(Tree.chain(2)), engine.base(sequences=2)
+    generation = decoder.start(requests(engine, 0.8)[0], keep_logits=True)
+    generation.run()
+    assert replay(replayer, generation).holds
+    generation.slot.sampler = Sampler(SamplingParams(0.8, seed=99))
+    assert not replay(replayer, generation).holds
+
+
+def test_comparison_reports_what_happened(engine: Engine) -> None:
+    result = compare(engine, requests(engine), Tree.chain(3), runs=2)
+    assert result["sequences"] == 2 and result["equal_sequences"] + len(result["divergences"]) == 2
+    assert result["plain"]["tokens_per_s"] > 0 and result["medusa"]["tokens_per_s"] > 0
+    assert len(result["acceptance_rate_per_depth"]) == 3 and result["tree_nodes"] == 4
+    length = 1 + sum(np.cumprod(result["acceptance_rate_per_depth"]))
+    assert result["acceptance_length"] == pytest.approx(length, rel=0.15)  # first and last steps draft or keep less
+
+
+def test_no_draft_is_plain_decoding(engine: Engine) -> None:
+    result = compare(engine, requests(engine), ROOT_ONLY, runs=1)
+    assert result["equal_sequences"] == 2 and result["acceptance_length"] == 1.0
+
+
+def test_trials_rank_no_draft_above_chains_that_do_not_pay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    useless = RandomDrafter(engine.file.n_vocab, 8, 1)
+    monkeypatch.setattr(engine, "drafter", lambda tree, draft_vocab=0: useless)
+    trials = choose_tree(engine, requests(engine), tokens=24)
+    assert len(trials) == engine.n_heads + 1 and len(trials[0].tree) == 1
+
+
+def test_repeated_ngrams() -> None:
+    assert repeated_ngrams([list(range(20))]) == 0.0
+    assert repeated_ngrams([[1, 2, 3, 4] * 5]) == pytest.approx((13 - 4) / 13)
+    assert repeated_ngrams([[1, 2]]) == 0.0
+
+
+def test_trees_beyond_heads_or_limit_are_refused(engine: Engine) -> None:
+    with pytest.raises(UsageError, match="deep"):
+        engine.check_tree(Tree.chain(engine.n_heads + 1))
+    with pytest.raises(UsageError, match="MEDUSA_MAX_TOKENS_PER_STEP"):
+        engine.check_tree(Tree.product([100]))
+
+
+def test_heads_are_found_by_what_they_were_made_for(engine: Engine, foreign_gguf: Path, tmp_path: Path) -> None:
+    assert find_heads(HEADS_FOLDER, engine.file) is not None
+    other = Engine(foreign_gguf, engine.options, None, HEADS_FOLDER)
+    assert other.weights is None
+    with pytest.raises(HeadsError, match="no heads"):
+        other.decoder(Tree.chain(1))
+    named = Engine(foreign_gguf, engine.options, find_heads(HEADS_FOLDER, engine.file), HEADS_FOLDER)
+    with pytest.raises(HeadsError, match="don't fit"):
+        named.decoder(Tree.chain(1))
+    few = replace(engine.options, k_heads=1)
+    assert Engine(engine.file.path, few, None, HEADS_FOLDER).n_heads == 1

@@ -1,0 +1,102 @@
+"""Choosing tokens: exact distributions, reproducible draws, honest margins."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from model.decoding.sampling import Sampler, SamplingParams
+from model.errors import UsageError
+
+LOGITS = np.array([2.0, 1.0, 0.0, -1.0, -3.0, 0.5, 1.9, -0.5], np.float32)
+
+
+def expected(temperature: float, kept: list[int]) -> npt.NDArray[np.float64]:
+    p = np.zeros(len(LOGITS), np.float64)
+    p[kept] = np.exp(LOGITS[kept].astype(float) / temperature)
+    p /= p.sum()
+    return p
+
+
+def chi_square(params: SamplingParams, target: npt.NDArray[np.float64], draws: int = 20_000) -> float:
+    """Return the statistic over its degrees of freedom; tokens with no probability must not come up at all."""
+    sampler = Sampler(params)
+    counts = np.bincount([sampler.choose(LOGITS, i) for i in range(draws)], minlength=len(LOGITS))
+    assert not counts[target == 0].any()
+    seen = target > 0
+    return float(((counts - draws * target)[seen] ** 2 / (draws * target[seen])).sum() / max(seen.sum() - 1, 1))
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        (SamplingParams(0.8, seed=1), list(range(8))),
+        (SamplingParams(1.5, top_k=3, seed=2), [0, 1, 6]),
+        (SamplingParams(1.0, top_p=0.6, seed=3), [0, 6]),
+        (SamplingParams(1.0, top_k=5, top_p=0.9, seed=4), [0, 1, 5, 6]),
+    ],
+)
+def test_draws_follow_the_distribution(params: SamplingParams, kept: list[int]) -> None:
+    # χ²/dof > 4.7 has odds of 1 in 10,000 for 4 degrees of freedom, less for 7; the seeds are fixed all the same.
+    assert sorted(Sampler(params).kept(LOGITS).tolist()) == kept
+    assert chi_square(params, expected(params.temperature, kept)) < 4.7
+
+
+def test_the_distribution_test_can_fail() -> None:
+    assert chi_square(SamplingParams(0.8, seed=1), expected(1.0, list(range(8)))) > 20
+
+
+def test_a_draw_hangs_on_seed_and_index_only() -> None:
+    a, b = Sampler(SamplingParams(1.0, seed=7)), Sampler(SamplingParams(1.0, seed=7))
+    late = a.choose(LOGITS, 700)
+    assert [a.choose(LOGITS, i) for i in range(300)] == [b.choose(LOGITS, i) for i in range(300)]
+    assert b.choose(LOGITS, 700) == late
+    c = Sampler(SamplingParams(1.0, seed=8))
+    assert [a.choose(LOGITS, i) for i in range(50)] != [c.choose(LOGITS, i) for i in range(50)]
+
+
+def test_top_p_keeps_the_smallest_set_also_beyond_the_first_candidates() -> None:
+    flat = np.zeros(1000, np.float32)
+    flat[5] = 1e-3
+    assert len(Sampler(SamplingParams(1.0, top_p=0.5)).kept(flat)) == 500
+    assert Sampler(SamplingParams(1.0, top_p=1e-9)).kept(flat).tolist() == [5]
+
+
+def test_greedy_margin() -> None:
+    s = Sampler(SamplingParams())
+    assert s.margin(LOGITS, 0, 0) == 0 and s.margin(LOGITS, 1, 0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("index", range(20))
+def test_no_perturbation_within_half_the_margin_changes_a_draw(index: int) -> None:
+    s, rng = Sampler(SamplingParams(0.7, seed=5)), np.random.default_rng(index)
+    chosen = s.choose(LOGITS, index)
+    for other in range(len(LOGITS)):
+        margin = s.margin(LOGITS, other, index)
+        if other == chosen:
+            assert margin == 0
+            continue
+        assert margin > 0
+        for _ in range(200):
+            noise = rng.choice([-1, 1], len(LOGITS)) * 0.49 * margin
+            assert s.choose((LOGITS + noise).astype(np.float32), index) != other
+
+
+def test_the_margin_is_no_overestimate() -> None:
+    """Moving every logit by a little more than half the margin, the right way, does change the draw."""
+    s, changed = Sampler(SamplingParams(0.7, seed=5)), 0
+    for index in range(20):
+        chosen = s.choose(LOGITS, index)
+        for other in {max(chosen - 1, 0), min(chosen + 1, len(LOGITS) - 1)} - {chosen}:
+            push = 0.51 * s.margin(LOGITS, other, index)
+            side = np.arange(len(LOGITS)) <= min(other, chosen)
+            noise = np.where(side, push, -push) * (1 if other < chosen else -1)
+            changed += s.choose((LOGITS + noise).astype(np.float32), index) != chosen
+    assert changed >= 20
+
+
+@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}])
+def test_bad_parameters_are_named(bad: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match=next(iter(bad))):
+        SamplingParams(**bad)  # type: ignore[arg-type]

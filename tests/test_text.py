@@ -1,0 +1,184 @@
+"""Data sets in, samples out: formats, masks, windows, errors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from model.base.chat import ChatTemplate
+from model.base.llama import LlamaModel
+from model.errors import DataError
+from model.training.documents import Document, held_out, read_documents, standard_library
+from model.training.text import Sample, digest, make_samples, split_samples, token_counts
+
+CHAT = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "It is four."},
+        {"from": "human", "value": "And 3 + 3?"}, {"from": "gpt", "value": "That is six."}]  # fmt: skip
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+class Bytes:
+    """A tokenizer of bytes, 1 to begin with; optionally with SentencePiece's space before each text."""
+
+    bos = 1
+
+    def __init__(self, space: bool = False) -> None:
+        self.space = space
+
+    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> np.ndarray:
+        data = ((b" " if self.space and text else b"") + text.encode()).replace(
+            b"</s>", b"\x02" if parse_special else b"</s>"
+        )
+        return np.array([*([self.bos] if add_bos else []), *data], np.int32)
+
+    def piece(self, token: int) -> bytes:
+        return b"" if token < 3 else bytes([token])
+
+
+def learnt(samples: list[Sample]) -> list[str]:
+    """The text of each run of targets."""
+    runs = []
+    for sample in samples:
+        edges = np.flatnonzero(np.diff(np.concatenate([[0], sample.mask.astype(int), [0]])))
+        runs += [bytes(sample.tokens[a:b].tolist()).decode() for a, b in edges.reshape(-1, 2)]
+    return runs
+
+
+@pytest.mark.parametrize("form", ["txt", "jsonl", "json", "sharegpt.json", "messages.jsonl", "parquet", "folder"])
+def test_formats(tmp_path: Path, form: str) -> None:
+    texts = ["first text", "second text"]
+    path = tmp_path / f"data.{form}"
+    records = [{"text": text} for text in texts]
+    chats = [{"conversations": CHAT}, {"conversations": CHAT}]
+    if form == "folder":
+        path.mkdir()
+        (path / "a.md").write_text(texts[0])
+        (path / "b.jsonl").write_text(json.dumps(records[1]))
+        (path / "c.bin").write_bytes(b"\xff\xfe\x00")
+    elif form == "txt":
+        path.write_text(texts[0])
+    elif form == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), path)
+    elif form.startswith("sharegpt"):
+        path.write_text(json.dumps(chats))
+    elif form.startswith("messages"):
+        turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "A"}]
+        path.write_text("\n".join(json.dumps({"messages": turns}) for _ in range(2)))
+    else:
+        path.write_text(json.dumps(records) if form == "json" else "\n".join(json.dumps(r) for r in records))
+    found = list(read_documents(str(path)))
+    if form.startswith(("sharegpt", "messages")):
+        assert [len(d.messages) for d in found] == ([4, 4] if form.startswith("sharegpt") else [2, 2])
+        assert found[0].messages[1]["role"] == "assistant"
+    else:
+        assert [d.text for d in found] == texts[: len(found)]
+        assert len(found) == (1 if form == "txt" else 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("x.csv", "a,b", "unknown format '.csv'"),
+        ("x.jsonl", "{not json", "line 1: not JSON"),
+        ("x.jsonl", '{"foo": 1}', "found: foo"),
+        ("x.json", '[{"conversations": [{"from": "tool", "value": "x"}]}]', "role 'tool'"),
+        ("x.parquet", "no parquet", "not a readable Parquet file"),
+        (None, "", "no such file"),
+    ],
+)
+def test_bad_data_sets_are_named_in_one_line(tmp_path: Path, name: str | None, content: str, says: str) -> None:
+    path = tmp_path / (name or "absent.txt")
+    if name:
+        path.write_text(content)
+    with pytest.raises(DataError, match=says) as caught:
+        list(read_documents(str(path)))
+    assert str(path.name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_data_set_is_refused() -> None:
+    for documents in ([], [Document("a", "")], [Document("b", "x")]):
+        with pytest.raises(DataError, match="empty"):
+            make_samples(documents, Bytes(), ChatTemplate(None), 64)
+
+
+@pytest.mark.parametrize("template", [None, CHATML])
+@pytest.mark.parametrize("space", [False, True])
+def test_prompts_are_masked(template: str | None, space: bool) -> None:
+    """Only answers, with the mark that ends them, are targets; the prompts' tokens are there, but not learnt."""
+    messages = tuple({"role": {"human": "user", "gpt": "assistant"}[t["from"]], "content": t["value"]} for t in CHAT)
+    samples = make_samples([Document("chat", messages=messages)], Bytes(space), ChatTemplate(template, eos="</s>"), 512)
+    lead = " " if template is None or space else ""
+    assert learnt(samples) == [f"{lead}It is four.\x02", f"{lead}That is six.\x02"]
+    whole = bytes(samples[0].tokens[1:].tolist()).decode()
+    assert "What is 2 + 2?" in whole and whole.count("  ") == 0
+
+
+def test_a_template_that_rewrites_the_past_ends_the_sample() -> None:
+    forgetful = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '-' }}|{% endfor %}"
+    turns = [{"role": r, "content": c} for r, c in zip(["user", "assistant"] * 2, "QAqa", strict=True)]
+    parts = ChatTemplate(forgetful).segments(turns)
+    assert [(p.text, p.answer) for p in parts] == [("Q|", False), ("A|", True)]
+
+
+def test_a_template_cannot_reach_out() -> None:
+    with pytest.raises(DataError, match="refuses"):
+        ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").render([], prompt=False)
+
+
+def test_windows_begin_with_bos_and_lose_nothing() -> None:
+    text = "".join(chr(97 + i % 26) for i in range(1000))
+    samples = make_samples([Document("a", text)], Bytes(), ChatTemplate(None), 64)
+    assert all(len(s.tokens) <= 64 and s.tokens[0] == 1 and not s.mask[0] for s in samples)
+    assert "".join(bytes(s.tokens[1:].tolist()).decode() for s in samples) == text
+    limited = make_samples([Document("a", text)], Bytes(), ChatTemplate(None), 64, max_tokens=200)
+    assert 197 <= sum(len(s.tokens) for s in limited) <= 200
+    assert token_counts(samples, 256)[97] == text.count("a")
+
+
+def test_split_is_by_document_and_repeatable() -> None:
+    documents = [Document(str(i), "x" * 100) for i in range(20)]
+    samples = make_samples(documents, Bytes(), ChatTemplate(None), 32)
+    train, validation = split_samples(samples, 0.1, seed=3)
+    of = [s.document for s in samples]
+    assert sorted(train + validation) == list(range(len(samples)))
+    assert len({of[i] for i in validation}) == 2
+    assert not {of[i] for i in validation} & {of[i] for i in train}
+    assert split_samples(samples, 0.1, seed=3) == (train, validation)
+    assert split_samples(samples, 0.1, seed=4) != (train, validation)
+    with pytest.raises(DataError, match="one sample only"):
+        split_samples(samples[:1], 0.1, seed=0)
+
+
+def test_digest_sees_tokens_masks_and_borders() -> None:
+    one, other = (make_samples([Document("a", t)], Bytes(), ChatTemplate(None), 8) for t in ("abcdefg", "abcdefh"))
+    cut = make_samples([Document("a", "abcdefg")], Bytes(), ChatTemplate(None), 6)
+    assert len({digest(one), digest(other), digest(cut)}) == 3
+
+
+def test_demo_text_leaves_held_out_files_alone() -> None:
+    root = Path(__file__).resolve().parents[1]
+    names = [d.name for d in standard_library()]
+    assert len(names) > 500
+    assert not any(held_out(name) for name in names)
+    for facts in (root / "models").glob("*facts.json"):
+        listed = json.loads(facts.read_text())["held_out_files"]
+        assert listed and not set(listed) & set(names)
+        assert all(held_out(name) for name in listed)
+
+
+def test_the_real_tokenizer(foreign_gguf: Path) -> None:
+    model = LlamaModel(foreign_gguf)
+    text = "def f(x):\n    return [x, 'é', 1]\n"
+    (sample,) = make_samples([Document("a", text)], model, ChatTemplate(None), 256)
+    assert sample.tokens[0] == model.bos
+    assert model.detokenize(sample.tokens[1:]) == text
+    model.close()

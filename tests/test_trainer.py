@@ -1,0 +1,228 @@
+"""Training: it learns, it can be stopped anywhere and resumed to the bit, and what it writes is whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from model.errors import DataError, UsageError
+from model.heads.medusa import HeadsConfig, MedusaHeads
+from model.training import trainer as trainer_module
+from model.training.batches import Batches
+from model.training.checkpoints import read_run
+from model.training.evaluation import evaluate
+from model.training.options import TrainOptions
+from model.training.text import Sample
+from model.training.trainer import Trainer, heads_loss, learning_rate
+
+DIM, VOCAB = 16, 30
+OPTIONS = TrainOptions(k_heads=2, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=2, weight_decay=0.01)
+
+
+class Counting:
+    """Texts that count up from a random start, and states that tell the token they stand at."""
+
+    def __init__(self, n: int = 60) -> None:
+        rng = np.random.default_rng(0)
+        starts = rng.integers(0, VOCAB, n)
+        self.samples = [
+            Sample(str(i), i, ((start + np.arange(20)) % VOCAB).astype(np.int32), np.ones(20, bool))
+            for i, start in enumerate(starts)
+        ]
+        self.table = torch.from_numpy(rng.standard_normal((VOCAB, DIM)).astype(np.float32))
+
+    def read(self, order: Sequence[int], since: int = 0) -> Iterator[Tensor | None]:
+        for i in order[since:]:
+            yield self.table[torch.from_numpy(self.samples[i].tokens).long()].half()
+
+
+class Nothing(Counting):
+    """States that could not be used."""
+
+    def read(self, order: Sequence[int], since: int = 0) -> Iterator[Tensor | None]:
+        for _ in order[since:]:
+            yield None
+
+
+def build(folder: Path, options: TrainOptions = OPTIONS, states: Counting | None = None, **config: Any) -> Trainer:
+    torch.manual_seed(0)
+    states = states or Counting()
+    heads = MedusaHeads(HeadsConfig(2, DIM, VOCAB, **config), torch.randn(VOCAB, DIM))
+    train, check = Batches(states, range(50), 2, 64), Batches(states, range(50, 60), 2, 64)
+    facts: dict[str, Any] = {
+        "heads_fingerprint": "h", "base_fingerprint": "b", "base_name": "n", "base_file_type": "F32",
+        "token_counts": np.ones(VOCAB, np.int64), "training": {},
+    }  # fmt: skip
+    return Trainer(heads, train, check, options, folder, facts=facts, identity={"text": "1"})
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "medusa_lm_head.safetensors")
+
+
+def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send Ctrl-C to this process during a step."""
+    original = Trainer._step
+
+    def stepping(self: Trainer, group: Any) -> tuple[float, float]:
+        if self.progress.step == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(self, group)
+
+    monkeypatch.setattr(Trainer, "_step", stepping)
+
+
+@pytest.mark.parametrize("config", [{}, {"lm_head": "own"}, {"head_layers": 2, "hidden_dim": 8}])
+def test_heads_learn_to_count(tmp_path: Path, config: dict[str, Any]) -> None:
+    result = build(
+        tmp_path, replace(OPTIONS, epochs=6, learning_rate=5e-2, gradient_accumulation_steps=1), **config
+    ).fit()
+    assert not result.interrupted
+    assert min(result.evaluations[-1].top1) > 0.9
+    assert result.evaluations[-1].acceptance_length > 2.7
+    assert result.evaluations[0].loss > 2 * result.evaluations[-1].loss
+
+
+@pytest.mark.parametrize("lm_head", ["tied", "own"])
+def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
+    torch.manual_seed(0)
+    heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head=lm_head), torch.randn(VOCAB, DIM), 0.5, 10.0)
+    with torch.no_grad():
+        heads.weight.normal_(std=0.3)
+    states, targets = torch.randn(40, DIM), torch.randint(-1, VOCAB, (40, 3))
+    targets[:, 2] = -1
+    logits = heads.logits(states)
+    wanted = sum(0.8**k * F.cross_entropy(logits[k], targets[:, k], ignore_index=-1) for k in range(2))
+    assert isinstance(wanted, Tensor)
+    found = heads_loss(heads, states, targets)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    (a,) = torch.autograd.grad(found, heads.weight)
+    (b,) = torch.autograd.grad(wanted, heads.weight)
+    assert torch.allclose(a, b, atol=1e-6)
+
+
+def test_everything_is_written(tmp_path: Path) -> None:
+    result = build(tmp_path).fit()
+    names = {path.name for path in tmp_path.iterdir()}
+    folders = {"medusa_heads_best", "medusa_heads_latest", "medusa_heads_epoch_1", "medusa_heads_epoch_2"}
+    assert names == folders | {"metrics.jsonl", "training.png", "runs"}
+    config = json.loads((result.best / "config.json").read_text())
+    assert np.array(config["rank_accuracies"]).shape == (2, 10)
+    assert config["training"]["validation"]["acceptance_length"] == max(e.acceptance_length for e in result.evaluations)
+    assert weights(result.best)["token_counts"].tolist() == [1] * VOCAB
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines if line["kind"] == "validation"] == [1, 2]
+    assert lines[-1]["step"] == result.steps == build(tmp_path).total_steps
+    assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
+    assert list((tmp_path / "runs").iterdir())
+
+
+@pytest.mark.parametrize("step", [1, 5, 8, 11])
+def test_stopped_and_resumed_is_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
+    whole = build(tmp_path / "whole").fit()
+    assert whole.steps == 16
+    with monkeypatch.context() as patch:
+        stop_at(step, patch)
+        stopped = build(tmp_path / "parts").fit()
+    assert stopped.interrupted
+    assert stopped.steps == step
+    again = build(tmp_path / "parts")
+    with torch.no_grad():
+        again.heads.weight.normal_()  # nothing of a fresh start may survive
+    again.resume(tmp_path / "parts")
+    result = again.fit()
+    assert not result.interrupted
+    for folder in ("medusa_heads_best", "medusa_heads_latest", "medusa_heads_epoch_2"):
+        a, b = weights(tmp_path / "whole" / folder), weights(tmp_path / "parts" / folder)
+        assert all(torch.equal(a[name], b[name]) for name in a), folder
+    a, b = (read_run(tmp_path / name) for name in ("whole", "parts"))
+    assert a["progress"] == b["progress"]
+    figures = [[(x["kind"], x["step"], x["loss"]) for x in map(json.loads, (tmp_path / name / "metrics.jsonl").open())]
+               for name in ("whole", "parts")]  # fmt: skip
+    assert sorted(set(figures[0]) - set(figures[1])) == []
+    assert len(figures[1]) == len(set(figures[1]))
+
+
+def test_a_run_that_ended_has_nothing_left_to_do(tmp_path: Path) -> None:
+    build(tmp_path).fit()
+    before = (tmp_path / "medusa_heads_latest" / "trainer_state.safetensors").read_bytes()
+    again = build(tmp_path)
+    again.resume(tmp_path / "medusa_heads_latest")
+    result = again.fit()
+    assert (result.interrupted, result.evaluations) == (False, [])
+    assert (tmp_path / "medusa_heads_latest" / "trainer_state.safetensors").read_bytes() == before
+
+
+def test_lost_lines_of_the_record_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kill after `latest` was saved: figures of steps that are done again must not stand twice."""
+    with monkeypatch.context() as patch:
+        stop_at(4, patch)
+        build(tmp_path).fit()
+    with (tmp_path / "metrics.jsonl").open("a") as f:
+        f.write('{"kind": "train", "step": 6, "loss": 1.0}\n{"kind": "tra')
+    again = build(tmp_path)
+    again.resume(tmp_path)
+    again.fit()
+    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+    assert 6 not in steps
+
+
+def test_another_run_cannot_be_resumed(tmp_path: Path) -> None:
+    build(tmp_path).fit()
+    with pytest.raises(UsageError, match="another learning_rate"):
+        build(tmp_path, replace(OPTIONS, learning_rate=1.0)).resume(tmp_path)
+    other = build(tmp_path)
+    other.identity = {"text": "2"}
+    with pytest.raises(UsageError, match="another text"):
+        other.resume(tmp_path)
+    with pytest.raises(UsageError, match="no run to go on with"):
+        other.resume(tmp_path / "nowhere")
+
+
+def test_no_usable_states(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="NaN or Inf"):
+        build(tmp_path, states=Nothing()).fit()
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = build(tmp_path)
+    with torch.no_grad():
+        run.heads.weight[0, 0, 0, 0] = float("inf")
+    with pytest.raises(DataError, match="lower --learning_rate"):
+        run.fit()
+    assert not (tmp_path / "medusa_heads_latest").exists()
+
+
+def test_best_is_the_longest_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = evaluate
+    lengths = iter([2.0, 3.0, 2.5])
+
+    def staged(*args: Any) -> Any:
+        return replace(original(*args), acceptance_length=next(lengths))
+
+    monkeypatch.setattr(trainer_module, "evaluate", staged)
+    build(tmp_path, replace(OPTIONS, epochs=3)).fit()
+    best, second = weights(tmp_path / "medusa_heads_best"), weights(tmp_path / "medusa_heads_epoch_2")
+    assert all(torch.equal(best[name], second[name]) for name in best)
+
+
+def test_learning_rate_warms_up_and_falls() -> None:
+    rates = [learning_rate(step, 200, 1.0) for step in range(200)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[-1] < 0.001
+    assert learning_rate(0, 1, 1.0) == 1.0
