@@ -23,10 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from tiny_llama import TinyConfig, TinyLlama, write_gguf
+from tiny_llama import TinyConfig, TinyLlama, write_gguf  # noqa: E402
 
-from model.base.gguf_file import requantize
-from model.training.documents import standard_library
+from model.base.gguf_file import requantize  # noqa: E402
+from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.training.documents import standard_library  # noqa: E402
 
 PHASES = ((0.6, (16, 256)), (0.85, (16, 512)), (1.0, (8, 1024)))  # until this share of the time: batch, window
 
@@ -60,6 +61,21 @@ def held_out_loss(model: TinyLlama, data: Tensor, window: int = 1024) -> float:
         logits = model(rows[None, :-1])[0, since:]
         total += F.cross_entropy(logits, rows[1 + since :], reduction="sum").item()
         count += window - since
+    return total / count
+
+
+def quantized_loss(path: Path, data: Tensor, window: int = 1024) -> float:
+    """Return nats per token of a GGUF file through llama.cpp, over the windows of `held_out_loss`."""
+    model, total, count, half = LlamaModel(path), 0.0, 0, window // 2
+    with LlamaBase(model, n_ctx=window, n_batch=window, n_threads=torch.get_num_threads()) as base:
+        for n, rows in enumerate(data[: (len(data) - 1) // half * half + 1].unfold(0, window + 1, half)):
+            since = half if n else 0
+            base.clear()
+            base.decode(rows[:-1].numpy().astype(np.int32), 0, 0, outputs=True)
+            logits = torch.from_numpy(base.logits(window)[since:])
+            total += F.cross_entropy(logits, rows[1 + since :], reduction="sum").item()
+            count += window - since
+    model.close()
     return total / count
 
 
@@ -143,6 +159,7 @@ def main(minutes: float, lr: float, threads: int, vocab: int, out: Path) -> None
         "held_out_bytes": held_bytes,
         "held_out_nats_per_token": nats,
         "held_out_bits_per_byte": nats / math.log(2) * len(valid) / held_bytes,
+        "held_out_nats_per_token_q4_0": quantized_loss(out / "tiny-python.Q4_0.gguf", valid),
         "held_out_files": [name for name, _ in held],
     }
     (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from config import HEADS_FOLDER
@@ -49,27 +48,27 @@ def test_the_proofs_hold(engine: Engine, temperature: float) -> None:
 
 
 def test_every_planted_fault_is_noticed(engine: Engine) -> None:
-    noticed = controls(engine, requests(engine)[0], Tree.product([3, 2]))
-    assert len(noticed) == 3 and all(noticed.values()), noticed
+    noticed = controls(engine, requests(engine), Tree.product([3, 2]))
+    assert len(noticed) == 4 and all(all(answers) for answers in noticed.values()), noticed
 
 
 def test_a_text_with_one_foreign_token_does_not_pass_its_replay(engine: Engine) -> None:
-    decoder, replayer = engine.decoder(Tree.chain(2)), engine.base(sequences=2)
-    generation = decoder.start(requests(engine)[0], keep_logits=True)
-    generation.run()
-    assert replay(replayer, generation).holds
-    slot = generation.slot
-    slot.tokens[slot.prompt_length + 10] = (slot.tokens[slot.prompt_length + 10] + 1) % engine.file.n_vocab
-    assert not replay(replayer, generation).holds
+    with engine.decoder(Tree.chain(2)) as decoder, engine.base(sequences=2) as replayer:
+        generation = decoder.start(requests(engine)[0], keep_logits=True)
+        generation.run()
+        assert replay(replayer, generation).holds
+        slot = generation.slot
+        slot.tokens[slot.prompt_length + 10] = (slot.tokens[slot.prompt_length + 10] + 1) % engine.file.n_vocab
+        assert not replay(replayer, generation).holds
 
 
 def test_a_sampled_text_replayed_with_another_seed_fails(engine: Engine) -> None:
-    decoder, replayer = engine.decoder(Tree.chain(2)), engine.base(sequences=2)
-    generation = decoder.start(requests(engine, 0.8)[0], keep_logits=True)
-    generation.run()
-    assert replay(replayer, generation).holds
-    generation.slot.sampler = Sampler(SamplingParams(0.8, seed=99))
-    assert not replay(replayer, generation).holds
+    with engine.decoder(Tree.chain(2)) as decoder, engine.base(sequences=2) as replayer:
+        generation = decoder.start(requests(engine, 0.8)[0], keep_logits=True)
+        generation.run()
+        assert replay(replayer, generation).holds
+        generation.slot.sampler = Sampler(SamplingParams(0.8, seed=99))
+        assert not replay(replayer, generation).holds
 
 
 def test_comparison_reports_what_happened(engine: Engine) -> None:
@@ -77,7 +76,7 @@ def test_comparison_reports_what_happened(engine: Engine) -> None:
     assert result["sequences"] == 2 and result["equal_sequences"] + len(result["divergences"]) == 2
     assert result["plain"]["tokens_per_s"] > 0 and result["medusa"]["tokens_per_s"] > 0
     assert len(result["acceptance_rate_per_depth"]) == 3 and result["tree_nodes"] == 4
-    length = 1 + sum(np.cumprod(result["acceptance_rate_per_depth"]))
+    length = 1 + sum(result["acceptance_rate_per_depth"])
     assert result["acceptance_length"] == pytest.approx(length, rel=0.15)  # first and last steps draft or keep less
 
 
@@ -90,7 +89,7 @@ def test_trials_rank_no_draft_above_chains_that_do_not_pay(engine: Engine, monke
     useless = RandomDrafter(engine.file.n_vocab, 8, 1)
     monkeypatch.setattr(engine, "drafter", lambda tree, draft_vocab=0: useless)
     trials = choose_tree(engine, requests(engine), tokens=24)
-    assert len(trials) == engine.n_heads + 1 and len(trials[0].tree) == 1
+    assert len(trials) > 1 and len(trials[0].tree) == 1 and trials[1].acceptance_length < 1.1
 
 
 def test_repeated_ngrams() -> None:

@@ -29,7 +29,7 @@ def test_a_tree_of_rank_paths() -> None:
 def test_node_tokens_come_from_a_table_of_guesses() -> None:
     t = Tree.product([2, 2])
     table = np.array([[10, 11, 12], [20, 21, 22]])
-    assert table[t.guesses].tolist() == [10, 11, 20, 21, 20, 21]
+    assert t.level_sizes == [2, 4] and table[t.guesses].tolist() == [10, 11, 20, 21, 20, 21]
 
 
 def test_shapes() -> None:
@@ -54,7 +54,7 @@ def test_bad_trees_are_refused_by_name(paths: list[tuple[int, ...]], said: str) 
         Tree(paths)
 
 
-@pytest.mark.parametrize("text", ["", "x", "2,0", "2,,1", "300,2", "-1", "no.json"])
+@pytest.mark.parametrize("text", ["", "x", "2,0", "0,2", "2,,1", "300,2", "999", "-1", "²", "no.json"])
 def test_bad_descriptions_are_refused(text: str) -> None:
     with pytest.raises(UsageError, match="tree"):
         Tree.parse(text)

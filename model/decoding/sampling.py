@@ -15,6 +15,7 @@ from model.errors import UsageError
 
 Float32Array = npt.NDArray[np.float32]
 _BLOCK = 256
+COLD = 1e-4  # temperatures below are greedy: e^(difference / T) would overflow or round to it anyway
 _CANDIDATES = 256  # top-p sorts this many first; they nearly always hold the mass
 
 
@@ -54,7 +55,7 @@ class Sampler:
     def choose(self, logits: Float32Array, index: int) -> int:
         """Return the token for logits (V,) as the `index`-th new token of the text (from 0)."""
         p = self.params
-        if p.temperature == 0:
+        if p.temperature < COLD:
             return int(logits.argmax())
         if p.top_k == 0 and p.top_p == 1:
             mass = _mass(logits, p.temperature)
@@ -94,7 +95,7 @@ class Sampler:
         if self.choose(logits, index) == token:
             return 0.0
         p = self.params
-        if p.temperature == 0:
+        if p.temperature < COLD:
             return float(logits.max() - logits[token])
         if p.top_k or p.top_p < 1:
             return float("inf")

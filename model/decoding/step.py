@@ -39,11 +39,11 @@ class Base(Protocol):
 
 @dataclass
 class Stats:
-    """What happened so far; times in seconds. Per depth (from 1): drafted where the parent was accepted, accepted."""
+    """What happened so far; times in seconds, drafted and accepted nodes per depth (from 1)."""
 
     steps: int = 0
     emitted: int = 0
-    reached: list[int] = field(default_factory=list)
+    drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
     draft_s: float = 0.0
     decode_s: float = 0.0
@@ -54,11 +54,12 @@ class Stats:
         """Add one step whose accepted path ended at `depth`."""
         self.steps += 1
         self.emitted += emitted
-        while len(self.reached) < tree.max_depth:
-            self.reached.append(0)
-            self.accepted.append(0)
-        for d in range(min(depth + 1, tree.max_depth)):
-            self.reached[d] += 1
+        if len(self.drafted) < tree.max_depth:
+            more = [0] * (tree.max_depth - len(self.drafted))
+            self.drafted += more
+            self.accepted += more
+        for d, nodes in enumerate(tree.level_sizes):
+            self.drafted[d] += nodes
             self.accepted[d] += d < depth
 
     @property
@@ -132,7 +133,6 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
     logits = base.logits(n)
     states = base.hidden(n) if base.embeddings else None
     decoded = perf_counter()
-    alone = len(slots) == 1
     won, verify_s = list[list[int]](), 0.0
     for slot, tree, tokens, at in zip(slots, trees, drafts, offsets, strict=True):
         since = perf_counter()
@@ -140,7 +140,7 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
         verify_s += perf_counter() - since
         if states is not None:
             slot.hidden = states[at + node : at + node + 1].copy()
-        _roll_back(base, slot, tree, node, alone)
+        _roll_back(base, slot, tree, node)
         slot.tokens += emitted
         slot.stats.count(tree, int(tree.depths[node]), len(emitted))
         won.append(emitted)
@@ -193,7 +193,7 @@ def _verify(slot: Slot, tree: Tree, tokens: Int32Array, logits: Float32Array) ->
     return verify(tree, tokens.tolist(), choose, ends)
 
 
-def _roll_back(base: Base, slot: Slot, tree: Tree, node: int, alone: bool) -> None:
+def _roll_back(base: Base, slot: Slot, tree: Tree, node: int) -> None:
     """Make all lanes equal again: the old prefix, the root and the path to `node`, nothing else.
 
     Cells of the path are shared with the other lanes (`seq_cp` copies no data), only from where they part.
@@ -203,6 +203,7 @@ def _roll_back(base: Base, slot: Slot, tree: Tree, node: int, alone: bool) -> No
     root, depth = len(slot.tokens) - 1, int(tree.depths[node])
     shared = tree.shared_depths[node]
     source = slot.lanes.start + shared.index(depth)
+    alone = len(slot.lanes) == base.n_seq_max  # nobody else's cells: one call for all lanes
     if alone and tree.max_depth > depth:
         base.seq_rm(-1, root + 1 + depth, -1)
     for i, lane in enumerate(slot.lanes):

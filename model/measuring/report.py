@@ -17,7 +17,7 @@ from model.errors import DataError, OutputError
 def read_prompts(path: Path) -> list[str]:
     """Read prompts: .txt has one per line, .jsonl an object with "prompt" (or MT-bench's "turns") per line."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as prompts ({error})") from None
     prompts = lines

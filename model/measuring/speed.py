@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import zip_longest
 from statistics import median
+from time import perf_counter
 from typing import Any
 
 from model.decoding.generation import Generation, Request
@@ -18,6 +20,7 @@ from model.engine import Decoder, Engine
 from model.trees.tree import Tree
 
 WORTH = 1.02  # a tree must beat plain decoding by this much in the trial; less is noise
+HOPELESS = 0.9  # of the best: longer chains are not tried
 
 
 @dataclass(frozen=True)
@@ -38,29 +41,42 @@ class Trial:
     acceptance_length: float
 
 
-def choose_tree(engine: Engine, requests: Sequence[Request], *, draft_vocab: int = 0, tokens: int = 64) -> list[Trial]:
-    """Time chains of every length on some requests, in turn; return the trials, best first, "no draft" among them.
+def choose_tree(
+    engine: Engine, requests: Sequence[Request], *, draft_vocab: int = 0, tokens: int = 64, budget_s: float = 60.0
+) -> list[Trial]:
+    """Time chains of growing length against plain decoding; return the trials, best first, "no draft" among them.
 
-    Chains that gain less than 2 % rank behind no draft at all.
+    Chains that gain less than 2 % rank behind no draft at all, and lengths are tried until one is hopeless. Every
+    chain writes at least one text of 16 tokens, however slow the model is; beyond that, `tokens` per text and all
+    requests are used as far as budget_s (seconds) lets them.
     """
-    trees = [ROOT_ONLY, *(Tree.chain(n) for n in range(1, engine.n_heads + 1))]
-    decoders = [engine.decoder(tree, draft_vocab=draft_vocab) for tree in trees]
-    short = [replace(r, max_tokens=min(tokens, r.max_tokens), stop=()) for r in requests]
-    for decoder in decoders:
-        decoder.time(short[0])
-    rates: list[list[float]] = [[] for _ in trees]
-    totals = [Stats() for _ in trees]
-    for request in short:
-        for _ in range(2):
-            for i, decoder in enumerate(decoders):
-                generation, seconds = decoder.time(request)
-                rates[i].append(len(generation.tokens) / seconds)
-                _add(totals[i], generation.slot.stats)
-    for decoder in decoders:
-        decoder.base.close()
-    ratios = [median(a / b for a, b in zip(r, rates[0], strict=True)) for r in rates]
-    trials = [Trial(t, r, s.acceptance_length) for t, r, s in zip(trees, ratios, totals, strict=True)]
+    if engine.n_heads == 0:
+        return [Trial(ROOT_ONLY, 1.0, 1.0)]
+    room = max(len(r.prompt) for r in requests) + tokens
+    with engine.decoder(context=room) as plain:
+        first, seconds = plain.time(replace(requests[0], max_tokens=8, stop=()))
+        tokens = min(tokens, max(16, int(budget_s / engine.n_heads / 4 * len(first.tokens) / seconds)))
+        short = [replace(r, max_tokens=min(tokens, r.max_tokens), stop=()) for r in requests]
+        trials = [Trial(ROOT_ONLY, 1.0, 1.0)]
+        for length in range(1, engine.n_heads + 1):
+            with engine.decoder(Tree.chain(length), draft_vocab=draft_vocab, context=room) as medusa:
+                trials.append(_try(plain, medusa, short, budget_s / engine.n_heads))
+            if trials[-1].speedup < HOPELESS * max(t.speedup for t in trials):
+                break
     return sorted(trials, key=lambda t: -t.speedup if len(t.tree) == 1 or t.speedup >= WORTH else 0.0)
+
+
+def _try(plain: Decoder, medusa: Decoder, requests: Sequence[Request], budget_s: float) -> Trial:
+    """Write texts both ways in turn, one at least, as long as there is time."""
+    ratios, stats, start = list[float](), Stats(), perf_counter()
+    medusa.time(requests[0])
+    for request in requests * 2:
+        (ours, plain_s), (theirs, medusa_s) = plain.time(request), medusa.time(request)
+        ratios.append((len(theirs.tokens) / medusa_s) / (len(ours.tokens) / plain_s))
+        _add(stats, theirs.slot.stats)
+        if perf_counter() - start > budget_s:
+            break
+    return Trial(medusa.plan.tree, median(ratios), stats.acceptance_length)
 
 
 def compare(
@@ -70,15 +86,15 @@ def compare(
     *,
     runs: int = 3,
     draft_vocab: int = 0,
-    drafting: Decoder | None = None,
 ) -> dict[str, Any]:
-    """Write all texts `runs` times both ways, in turn; return the figures of `bench` (rates are medians over runs).
+    """Write all texts `runs` times both ways, in turn; return the figures of `bench` (rates are medians over runs)."""
+    with engine.decoder() as plain, engine.decoder(tree, draft_vocab=draft_vocab) as medusa:
+        for decoder in (plain, medusa):
+            decoder.time(replace(requests[0], max_tokens=min(16, requests[0].max_tokens)))
+        return _compare(engine, plain, medusa, requests, runs)
 
-    drafting: the decoder to hold against plain decoding; without it, the heads' for `tree`.
-    """
-    plain, medusa = engine.decoder(), drafting or engine.decoder(tree, draft_vocab=draft_vocab)
-    for decoder in (plain, medusa):
-        decoder.time(replace(requests[0], max_tokens=min(16, requests[0].max_tokens)))
+
+def _compare(engine: Engine, plain: Decoder, medusa: Decoder, requests: Sequence[Request], runs: int) -> dict[str, Any]:
     times: list[tuple[float, float]] = []
     texts: list[tuple[Generation, Generation]] = []
     stats = Stats()
@@ -96,12 +112,13 @@ def compare(
     counts = [sum(len(pair[kind].tokens) for pair in texts) for kind in (0, 1)]
     divergences = find_divergences(plain, [p for p, _ in texts], [m for _, m in texts], requests)
     micro = 1e6 / max(stats.steps, 1)
-    result = {
+    tree = medusa.plan.tree
+    return {
         "plain": {"tokens_per_s": counts[0] / median(t[0] for t in times)},
         "medusa": {"tokens_per_s": counts[1] / median(t[1] for t in times)},
         "speedup": median((counts[1] / t[1]) / (counts[0] / t[0]) for t in times),
         "acceptance_length": stats.acceptance_length,
-        "acceptance_rate_per_depth": [a / r if r else 0.0 for a, r in zip(stats.accepted, stats.reached, strict=True)],
+        "acceptance_rate_per_depth": [a / d for a, d in zip(stats.accepted, stats.drafted, strict=True)],
         "tree": [list(path) for path in tree.paths[1:]],
         "tree_nodes": len(tree),
         "draft_us": stats.draft_s * micro,
@@ -114,9 +131,6 @@ def compare(
         "repeated_8grams": repeated_ngrams([p.tokens for p, _ in texts]),
         "text_pairs": [(engine.model.detokenize(p.tokens), engine.model.detokenize(m.tokens)) for p, m in texts],
     }
-    plain.base.close()
-    medusa.base.close()
-    return result
 
 
 def find_divergences(
@@ -152,11 +166,8 @@ def repeated_ngrams(texts: Sequence[Sequence[int]], n: int = 8) -> float:
 
 
 def _add(total: Stats, one: Stats) -> None:
-    for depth in range(len(one.reached)):
-        if depth == len(total.reached):
-            total.reached.append(0)
-            total.accepted.append(0)
-        total.reached[depth] += one.reached[depth]
-        total.accepted[depth] += one.accepted[depth]
+    for name in ("drafted", "accepted"):
+        a, b = getattr(total, name), getattr(one, name)
+        setattr(total, name, [x + y for x, y in zip_longest(a, b, fillvalue=0)])
     for name in ("steps", "emitted", "draft_s", "decode_s", "verify_s", "other_s"):
         setattr(total, name, getattr(total, name) + getattr(one, name))

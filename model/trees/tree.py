@@ -68,6 +68,12 @@ class Tree:
         return int(self.ranks.max()) + 1
 
     @cached_property
+    def level_sizes(self) -> list[int]:
+        """How many nodes there are at depth 1, 2, …"""
+        sizes: list[int] = np.bincount(self.depths)[1:].tolist()
+        return sizes
+
+    @cached_property
     def guesses(self) -> tuple[Int32Array, Int32Array]:
         """(head index from 0, rank) of the nodes 1 … N-1: index a (K, R) table of ranked guesses with it."""
         return self.depths[1:] - 1, self.ranks[1:]
@@ -111,12 +117,13 @@ class Tree:
     def parse(cls, text: str) -> Tree:
         """Read `4` (a chain), `2,2,1` (widths per depth) or the path of a JSON file with rank paths."""
         parts = text.split(",")
-        if all(p.strip().isdigit() for p in parts):
+        if all(p.strip().isascii() and p.strip().isdigit() for p in parts):
             numbers = [int(p) for p in parts]
-            leaves = int(np.prod([float(n) for n in numbers])) if len(numbers) > 1 else 1
-            if leaves > MAX_LEAVES or sum(numbers) > MAX_LEAVES or 0 in numbers[1:] + [1] * (numbers == [0]):
-                raise UsageError(f"tree {text!r}: widths from 1 on, {MAX_LEAVES} leaves at most")
-            return cls.chain(numbers[0]) if len(numbers) == 1 else cls.product(numbers)
+            if len(numbers) == 1 and numbers[0] <= MAX_LEAVES:
+                return cls.chain(numbers[0])
+            if len(numbers) == 1 or 0 in numbers or np.prod(numbers, dtype=float) > MAX_LEAVES:
+                raise UsageError(f"tree {text!r}: widths from 1 on, {MAX_LEAVES} leaves and levels at most")
+            return cls.product(numbers)
         path = Path(text)
         if not path.is_file():
             raise UsageError(f"tree {text!r}: neither a length (4), widths (2,2,1) nor a JSON file of rank paths")
