@@ -26,7 +26,7 @@ class FakeBase:
         self._logits = np.zeros((0, n_vocab), np.float32)
         self._hidden = np.zeros((0, n_embd), np.float32)
 
-    def place(self, offset: int, tokens: npt.NDArray[np.int32], pos: npt.NDArray[np.int32], lanes: LaneRows) -> int:
+    def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int:
         del self._batch[offset:]
         for i in range(len(tokens)):
             self._batch.append((int(pos[i]), int(tokens[i]), set(lanes.ids[i, : lanes.counts[i]].tolist())))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import llama_cpp
 import numpy as np
 import pytest
 
-from model.base import remember
+from model.base import lm_head, remember
 from model.base.gguf_file import GGUFFile
 from model.base.llama import LlamaBase, LlamaModel
 from model.base.lm_head import TOLERANCE, check_lm_head, lm_head_error
@@ -59,6 +61,56 @@ def test_an_lm_head_that_is_not_understood_is_refused(
     file.logit_scale = 2.0
     with pytest.raises(ModelFileError, match="'llama' models"):
         check_lm_head(model, file, 2)
+    file.logit_scale = 1.0
+    with monkeypatch.context() as patch:
+        patch.setattr(lm_head, "lm_head_error", lambda *_: float("nan"))
+        with pytest.raises(ModelFileError, match=r"differs from llama\.cpp's logits by nan"):
+            check_lm_head(model, file, 2)
+    check_lm_head(model, file, 2)
+    assert len(remember.recall("lm_heads")) == 1
+    file.soft_cap = 0.5  # the same file, understood in another way, is checked anew
+    with pytest.raises(ModelFileError, match="'llama' models"):
+        check_lm_head(model, file, 2)
+
+
+def test_long_tokens_and_small_buffers(model: LlamaModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What does not fit into the first buffer is asked for again with the size that llama.cpp names."""
+    long = b"x" * 2000
+
+    def piece(vocab: Any, token: int, buffer: Any, size: int, *_: Any) -> int:
+        if size < len(long):
+            return -len(long)
+        buffer[: len(long)] = long
+        return len(long)
+
+    def tokenize(vocab: Any, data: bytes, n: int, out: Any, size: int, *_: Any) -> int:
+        if size < 100:
+            return -100 if data != b"huge" else -(2**31)
+        out[99] = 7
+        return 100
+
+    monkeypatch.setattr(llama_cpp, "llama_token_to_piece", piece)
+    monkeypatch.setattr(llama_cpp, "llama_tokenize", tokenize)
+    monkeypatch.setattr(model, "_pieces", {})
+    assert model.piece(5) == long
+    assert model.tokenize("short")[99] == 7
+    with pytest.raises(ModelFileError, match="4 bytes"):
+        model.tokenize("huge")
+
+
+def test_half_a_surrogate_pair_is_a_question_mark(model: LlamaModel) -> None:
+    assert model.detokenize(model.tokenize("a\udc80b", add_bos=False)) == "a?b"
+
+
+def test_a_failed_batch_leaves_no_trace_in_the_next(model: LlamaModel) -> None:
+    with LlamaBase(model, n_ctx=256, n_threads=1) as base:
+        with pytest.raises(ContextError):
+            base.decode(np.array([1, 500, -5], np.int32), 0, 0, outputs=False)
+        base.clear()
+        tree = Tree.chain(2)
+        base.decode_placed(base.place(0, np.array([1, 500, 501], np.int32), tree.depths, lane_rows(tree, range(1))))
+        assert np.isfinite(base.logits(3)).all()
+        assert (base.logits(3).std(axis=1) > 0.1).all()
 
 
 def test_prefill_and_plain_batches_agree(model: LlamaModel) -> None:
@@ -79,7 +131,7 @@ def tree_logits(model: LlamaModel, tree: Tree, tokens: list[int]) -> np.ndarray:
         for lane in range(1, len(tree.leaves)):
             base.seq_cp(0, lane, 0, len(prompt))
         rows = lane_rows(tree, range(len(tree.leaves)))
-        n = base.place(0, np.array(tokens, np.int32), tree.depths + len(prompt), rows)
+        n = base.place(0, tokens, [len(prompt) + depth for depth in tree.depth_list], rows)
         base.decode_placed(n)
         return base.logits(n).copy()
 
@@ -126,6 +178,8 @@ def test_a_full_cache_is_one_clear_error(model: LlamaModel) -> None:
 def test_bad_arguments_and_files(model: LlamaModel, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="'q9'"):
         LlamaBase(model, n_ctx=64, n_threads=1, kv_type="q9")
+    with pytest.raises(UsageError, match="'q8_0' needs flash attention"):
+        LlamaBase(model, n_ctx=64, n_threads=1, kv_type="q8_0", flash_attn=False)
     with pytest.raises(UsageError, match="257 sequences"):
         LlamaBase(model, n_ctx=64, n_threads=1, n_seq_max=257)
     (tmp_path / "x.gguf").write_bytes(b"GGUF" + b"\0" * 100)

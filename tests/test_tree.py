@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from model.errors import UsageError
@@ -23,13 +22,14 @@ def test_a_tree_of_rank_paths() -> None:
         [True, True, True], [False, True, True], [True, False, False],
         [False, False, True], [False, True, False], [False, False, True],
     ]  # fmt: skip
+    assert t.path_to(5) == [0, 1, 3, 5] and t.path_to(0) == [0]
     assert t.shared_depths[5] == [0, 1, 3] and t.shared_depths[4] == [0, 2, 1] and t.shared_depths[0] == [0, 0, 0]
 
 
 def test_node_tokens_come_from_a_table_of_guesses() -> None:
     t = Tree.product([2, 2])
-    table = np.array([[10, 11, 12], [20, 21, 22]])
-    assert t.level_sizes == [2, 4] and table[t.guesses].tolist() == [10, 11, 20, 21, 20, 21]
+    table = [10, 11, 12, 20, 21, 22]
+    assert t.level_sizes == [2, 4] and [table[i] for i in t.flat_guesses(3)] == [10, 11, 20, 21, 20, 21]
 
 
 def test_shapes() -> None:

@@ -25,7 +25,10 @@ Float32Array = npt.NDArray[np.float32]
 
 log = logging.getLogger(__name__)
 KV_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 8, "bf16": 30}  # ggml_type
+QUANTIZED_KV = ("q4_0", "q8_0")
 MAX_SEQUENCES = 256  # llama.cpp's LLAMA_MAX_SEQ
+_USUAL = 4096 + 512  # tokens of the largest context that nobody asked for
+_TOO_MANY = -(2**31)  # llama_tokenize's answer where no int32 could hold the count
 
 _LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.INFO}  # llama.cpp's errors reach us as codes
 
@@ -78,19 +81,26 @@ class LlamaModel:
 
     def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> Int32Array:
         """Return the ids (n,) of a text; `parse_special` reads `<s>` and the like as control tokens."""
-        data = text.encode()
-        out = np.empty(len(data) + 8, np.int32)
-        pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
-        n = llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, len(out), add_bos, parse_special)
-        if n < 0:
-            raise ModelFileError(f"{self.path}: llama.cpp could not tokenize a text of {len(data)} bytes")
-        return out[:n].copy()
+        data = text.encode(errors="replace")  # half a surrogate pair becomes "?"
+        n = -(len(data) + 8)  # a negative result is the size that would do
+        for _ in range(2):
+            out = np.empty(-n, np.int32)
+            pointer = out.ctypes.data_as(ctypes.POINTER(ctypes.c_int32))
+            n = int(llama_cpp.llama_tokenize(self._vocab, data, len(data), pointer, len(out), add_bos, parse_special))
+            if n >= 0:
+                return out[:n].copy()
+            if n == _TOO_MANY:
+                break
+        raise ModelFileError(f"{self.path}: llama.cpp could not tokenize a text of {len(data)} bytes")
 
     def piece(self, token: int) -> bytes:
         """Return the bytes of one token; control tokens are empty."""
         if token not in self._pieces:
-            buffer = ctypes.create_string_buffer(512)
-            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 512, 0, False)
+            buffer = ctypes.create_string_buffer(64)
+            n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, 64, 0, False)
+            if n < 0:  # the size that would do
+                buffer = ctypes.create_string_buffer(-n)
+                n = llama_cpp.llama_token_to_piece(self._vocab, token, buffer, -n, 0, False)
             self._pieces[token] = buffer.raw[: max(n, 0)]
         return self._pieces[token]
 
@@ -133,6 +143,8 @@ class LlamaBase:
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"KV type {kv_type!r} is unknown; use one of {', '.join(KV_TYPES)}")
+        if kv_type in QUANTIZED_KV and flash_attn is False:
+            raise UsageError(f"KV type {kv_type!r} needs flash attention, which is off")
         if not 1 <= n_seq_max <= MAX_SEQUENCES:
             raise UsageError(f"{n_seq_max} sequences asked for; llama.cpp takes 1 to {MAX_SEQUENCES}")
         params = llama_cpp.llama_context_default_params()
@@ -145,7 +157,10 @@ class LlamaBase:
         params.no_perf = True
         self._ctx = llama_cpp.llama_init_from_model(model._model, params)
         if not self._ctx:
-            raise ModelFileError(f"{model.path}: llama.cpp has no context of {n_ctx} tokens; lower MODEL_CONTEXT_SIZE")
+            raise ModelFileError(
+                f"{model.path}: llama.cpp made no context of {n_ctx} tokens with a {kv_type} KV cache"
+                f"{'; lower MODEL_CONTEXT_SIZE' if n_ctx > _USUAL else ''}; run with LOG_LEVEL=DEBUG to see its reasons"
+            )
         self.model = model
         self.n_vocab, self.n_embd = model.n_vocab, model.n_embd
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._ctx))
@@ -164,6 +179,9 @@ class LlamaBase:
         self._ids = np.zeros((n, s), np.int32)
         self._outputs = np.ones(n, np.int8)
         self._rows = (self._ids.ctypes.data + np.arange(n, dtype=np.uint64) * (4 * s)).astype(np.uint64)
+        # The same memory for lists: numpy takes 5 µs to convert one when the caches are cold.
+        self._token_list = (ctypes.c_int32 * n).from_buffer(self._token)
+        self._pos_list = (ctypes.c_int32 * n).from_buffer(self._pos)
         self._placed: dict[int, LaneRows] = {}  # offset → the lanes that stand there from an earlier batch
         batch = self._batch = llama_cpp.llama_batch()
         arrays: dict[str, npt.NDArray[Any]] = {
@@ -193,8 +211,10 @@ class LlamaBase:
         self._outputs[:n] = outputs is True
         if outputs is None:
             self._outputs[n - 1] = 1
-        self._run(n)
-        self._outputs[:n] = 1
+        try:
+            self._run(n)
+        finally:
+            self._outputs[:n] = 1
 
     def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None:
         """Decode prompt tokens into a sequence in batches, with neither logits nor states."""
@@ -207,14 +227,14 @@ class LlamaBase:
             if self.embeddings:
                 llama_cpp.llama_set_embeddings(self._ctx, True)
 
-    def place(self, offset: int, tokens: Int32Array, pos: Int32Array, lanes: LaneRows) -> int:
+    def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int:
         """Put a tree's rows into the next batch at `offset`; return the offset behind them.
 
         tokens, pos: (N,); lanes: each row's sequences. Rows become outputs. `decode_placed` runs the batch.
         """
         end = offset + len(tokens)
-        self._token[offset:end] = tokens
-        self._pos[offset:end] = pos
+        self._token_list[offset:end] = tokens
+        self._pos_list[offset:end] = pos
         if self._placed.get(offset) is not lanes:
             self._counts[offset:end] = lanes.counts
             self._ids[offset:end, : lanes.ids.shape[1]] = lanes.ids
@@ -230,7 +250,8 @@ class LlamaBase:
         self._batch.n_tokens = n
         status = llama_cpp.llama_decode(self._ctx, self._batch)
         if status == 1:
-            raise ContextError(f"no room for {n} more tokens in a context of {self.n_ctx}; raise MODEL_CONTEXT_SIZE")
+            hint = "; raise MODEL_CONTEXT_SIZE" if self.n_ctx < self.model.n_ctx_train else ""
+            raise ContextError(f"no room for {n} more tokens in a context of {self.n_ctx}{hint}")
         if status != 0:
             raise ContextError(f"llama.cpp could not decode a batch of {n} tokens (status {status})")
 

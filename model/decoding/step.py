@@ -28,7 +28,7 @@ class Base(Protocol):
     embeddings: bool
     n_seq_max: int
 
-    def place(self, offset: int, tokens: Int32Array, pos: Int32Array, lanes: LaneRows) -> int: ...  # noqa: D102
+    def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int: ...  # noqa: D102
     def decode_placed(self, n: int) -> None: ...  # noqa: D102
     def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None: ...  # noqa: D102
     def logits(self, n: int) -> Float32Array: ...  # noqa: D102
@@ -127,7 +127,8 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
     n, offsets = 0, list[int]()
     for slot, tree, tokens in zip(slots, trees, drafts, strict=True):
         offsets.append(n)
-        n = base.place(n, tokens, tree.depths + np.int32(len(slot.tokens) - 1), lane_rows(tree, slot.lanes))
+        root = len(slot.tokens) - 1
+        n = base.place(n, tokens, [root + depth for depth in tree.depth_list], lane_rows(tree, slot.lanes))
     placed = perf_counter()
     base.decode_placed(n)
     logits = base.logits(n)
@@ -136,13 +137,17 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
     won, verify_s = list[list[int]](), 0.0
     for slot, tree, tokens, at in zip(slots, trees, drafts, offsets, strict=True):
         since = perf_counter()
-        node, emitted = _verify(slot, tree, tokens, logits[at : at + len(tree)])
+        rows, index = logits[at : at + len(tree)], len(slot.tokens) - slot.prompt_length
+        room = slot.limit - len(slot.tokens)
+        node, emitted, slot.finished = verify(tree, tokens, rows, slot.sampler, index, slot.ends, room)
         verify_s += perf_counter() - since
+        if slot.trace is not None:
+            slot.trace += [rows[n].copy() for n in tree.path_to(node)]
         if states is not None:
             slot.hidden = states[at + node : at + node + 1].copy()
         _roll_back(base, slot, tree, node)
         slot.tokens += emitted
-        slot.stats.count(tree, int(tree.depths[node]), len(emitted))
+        slot.stats.count(tree, tree.depth_list[node], len(emitted))
         won.append(emitted)
     end = perf_counter()
     share = 1 / len(slots)
@@ -155,42 +160,25 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
     return won
 
 
-def _draft(slots: Sequence[Slot], trees: list[Tree]) -> list[Int32Array]:
-    """Return each slot's node tokens (N,), the root's first; slots with the same drafter share one call."""
-    out = [np.empty(len(tree), np.int32) for tree in trees]
+def _draft(slots: Sequence[Slot], trees: list[Tree]) -> list[list[int]]:
+    """Return each slot's node tokens (N,), the root's first; slots with the same drafter share one call.
+
+    Lists, not arrays: between two decodes all caches are cold, and numpy's small operations cost 5 to 15 µs each.
+    """
+    out = [[slot.tokens[-1]] for slot in slots]
     groups: dict[int, list[int]] = {}
-    for i, (slot, tree) in enumerate(zip(slots, trees, strict=True)):
-        out[i][0] = slot.tokens[-1]
+    for i, tree in enumerate(trees):
         if len(tree) > 1:
-            groups.setdefault(id(slot.drafter), []).append(i)
+            groups.setdefault(id(slots[i].drafter), []).append(i)
     for members in groups.values():
         drafter = slots[members[0]].drafter
         assert drafter is not None
         states = [hidden for i in members if (hidden := slots[i].hidden) is not None]
         ranked, _ = drafter.draft(states[0] if len(states) == 1 else np.concatenate(states))
-        for row, i in enumerate(members):
-            out[i][1:] = ranked[row][trees[i].guesses]
+        for guesses, i in zip(ranked, members, strict=True):
+            flat = guesses.ravel().tolist()
+            out[i] += [flat[g] for g in trees[i].flat_guesses(guesses.shape[1])]
     return out
-
-
-def _verify(slot: Slot, tree: Tree, tokens: Int32Array, logits: Float32Array) -> tuple[int, list[int]]:
-    """Choose tokens down the tree until the draft, the text or the slot's room ends."""
-    so_far = len(slot.tokens) - slot.prompt_length
-    room = slot.limit - len(slot.tokens)
-    count = 0
-
-    def choose(node: int, i: int) -> int:
-        if slot.trace is not None:
-            slot.trace.append(logits[node].copy())
-        return slot.sampler.choose(logits[node], so_far + i)
-
-    def ends(token: int) -> bool:
-        nonlocal count
-        count += 1
-        slot.finished = slot.ends(token) or count >= room
-        return slot.finished
-
-    return verify(tree, tokens.tolist(), choose, ends)
 
 
 def _roll_back(base: Base, slot: Slot, tree: Tree, node: int) -> None:
@@ -200,7 +188,7 @@ def _roll_back(base: Base, slot: Slot, tree: Tree, node: int) -> None:
     """
     if len(tree) == 1:
         return
-    root, depth = len(slot.tokens) - 1, int(tree.depths[node])
+    root, depth = len(slot.tokens) - 1, tree.depth_list[node]
     shared = tree.shared_depths[node]
     source = slot.lanes.start + shared.index(depth)
     alone = len(slot.lanes) == base.n_seq_max  # nobody else's cells: one call for all lanes

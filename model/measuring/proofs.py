@@ -199,7 +199,7 @@ class _Knowing:
 class _SiblingsSee(LlamaBase):
     """Fault: nodes also see their siblings (every node but the root belongs to all lanes)."""
 
-    def place(self, offset: int, tokens: npt.NDArray[np.int32], pos: npt.NDArray[np.int32], lanes: LaneRows) -> int:
+    def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int:
         if len(tokens) > 1:
             every = np.repeat(lanes.ids[:1, : lanes.counts[0]], len(tokens), 0)
             lanes = LaneRows(np.full(len(tokens), lanes.counts[0], np.int32), every)

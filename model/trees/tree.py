@@ -41,6 +41,7 @@ class Tree:
             if p[:-1] not in index:
                 raise UsageError(f"tree: the path {list(p)} has no parent {list(p[:-1])}")
         self.paths: tuple[RankPath, ...] = tuple(nodes)
+        self._flat: dict[int, list[int]] = {}
         self.parents: Int32Array = np.array([-1] + [index[p[:-1]] for p in nodes[1:]], np.int32)
         self.depths: Int32Array = np.array([len(p) for p in nodes], np.int32)
         self.ranks: Int32Array = np.array([p[-1] if p else 0 for p in nodes], np.int32)
@@ -74,19 +75,31 @@ class Tree:
         return sizes
 
     @cached_property
-    def guesses(self) -> tuple[Int32Array, Int32Array]:
-        """(head index from 0, rank) of the nodes 1 … N-1: index a (K, R) table of ranked guesses with it."""
-        return self.depths[1:] - 1, self.ranks[1:]
+    def depth_list(self) -> list[int]:
+        """`depths` as a list."""
+        depths: list[int] = self.depths.tolist()
+        return depths
+
+    def flat_guesses(self, ranks: int) -> list[int]:
+        """Return where the nodes 1 … N-1 stand in a flattened (K, ranks) table of guesses."""
+        if ranks not in self._flat:
+            self._flat[ranks] = ((self.depths[1:] - 1) * ranks + self.ranks[1:]).tolist()
+        return self._flat[ranks]
+
+    def path_to(self, node: int) -> list[int]:
+        """Return the nodes from the root to a node, both included."""
+        path = [node]
+        while node:
+            node = int(self.parents[node])
+            path.insert(0, node)
+        return path
 
     @cached_property
     def under(self) -> npt.NDArray[np.bool_]:
         """(N, L): whether leaf l hangs under (or is) node n."""
         table = np.zeros((len(self), len(self.leaves)), np.bool_)
         for lane, leaf in enumerate(self.leaves.tolist()):
-            node = leaf
-            while node >= 0:
-                table[node, lane] = True
-                node = int(self.parents[node])
+            table[self.path_to(leaf), lane] = True
         return table
 
     @cached_property

@@ -1,0 +1,49 @@
+"""Which nodes stand, on hand-made logits."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from model.decoding.sampling import Sampler, SamplingParams
+from model.decoding.verification import verify
+from model.trees.tree import Tree
+
+#        nodes: root, (0,), (1,), (1, 0), (1, 1)
+TREE = Tree([(0,), (1,), (1, 0), (1, 1)])
+TOKENS = [9, 4, 5, 6, 7]
+
+
+def walk(choices: list[int], *, end: int = -1, room: int = 99) -> tuple[int, list[int], bool]:
+    """Verify with logits whose argmax at each node is given."""
+    logits = np.zeros((len(TREE), 10), np.float32)
+    logits[np.arange(len(TREE)), choices] = 1
+    return verify(TREE, TOKENS, logits, Sampler(SamplingParams()), 0, lambda t: t == end, room)
+
+
+@pytest.mark.parametrize(
+    ("choices", "node", "won"),
+    [
+        ([8, 0, 0, 0, 0], 0, [8]),  # nothing drafted was right
+        ([4, 3, 0, 0, 0], 1, [4, 3]),  # the first sibling, a leaf
+        ([5, 0, 2, 0, 0], 2, [5, 2]),  # the second sibling, whose children are wrong
+        ([5, 0, 7, 0, 1], 4, [5, 7, 1]),  # down to the second leaf
+        ([6, 0, 7, 0, 1], 0, [6]),  # a token of another depth is not a child
+    ],
+)
+def test_the_base_models_choices_decide(choices: list[int], node: int, won: list[int]) -> None:
+    assert walk(choices) == (node, won, False)
+
+
+def test_an_end_token_or_a_full_text_stops_the_walk_before_its_node() -> None:
+    assert walk([5, 0, 7, 0, 1], end=5) == (0, [5], True)
+    assert walk([5, 0, 7, 0, 1], end=7) == (2, [5, 7], True)
+    assert walk([5, 0, 7, 0, 1], room=1) == (0, [5], True)
+    assert walk([5, 0, 7, 0, 1], room=3) == (4, [5, 7, 1], True)
+
+
+def test_draws_are_numbered_by_the_text() -> None:
+    logits, params = np.zeros((5, 10), np.float32), SamplingParams(1.0, seed=3)
+    plain = [Sampler(params).choose(logits[0], i) for i in range(20)]
+    for index in range(20):
+        assert verify(TREE, TOKENS, logits, Sampler(params), index, lambda t: False, 1)[1] == [plain[index]]
