@@ -9,8 +9,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.errors import UsageError
@@ -88,14 +89,17 @@ class Settings(BaseSettings):
             message = first["msg"][:1].lower() + first["msg"][1:]
             raise UsageError(f"{name}={first['input']!r}: {message}") from None
 
+    @field_validator("kv_type")
+    @classmethod
+    def _needs_flash_attention(cls, value: str, others: ValidationInfo) -> str:
+        if value in ("q8_0", "q4_0") and others.data.get("flash_attention") == "off":
+            raise PydanticCustomError("kv_type", "a quantized KV cache needs flash attention; FLASH_ATTENTION is off")
+        return value
+
     @property
     def flash_attn(self) -> bool | None:
         """Flash attention as `LlamaBase` takes it: on, off, or llama.cpp's choice (None)."""
         return {"auto": None, "on": True, "off": False}[self.flash_attention]
-
-    def context_size(self, trained: int) -> int:
-        """Return the context for a model that was trained for `trained` tokens."""
-        return self.model_context_size or min(trained, 4096)
 
 
 def settings_table() -> str:

@@ -290,7 +290,8 @@ def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
             max_length=512,
             learning_rate=2e-3,
             output_dir=str(output),
-        )
+        ),
+        overwrite=True,
     )
     if result.interrupted:
         click.echo("stopped; `make demo` starts afresh")

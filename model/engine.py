@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,12 @@ class Decoder:
     plan: FixedPlan
     drafter: Drafter | None
     context: int
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.base.close()
 
     def start(self, request: Request, *, keep_logits: bool = False) -> Generation:
         """Begin a text on an empty cache."""
@@ -123,7 +129,7 @@ class Engine:
 
     @property
     def n_heads(self) -> int:
-        """How many heads may be used."""
+        """How many heads may be used; 0 where MEDUSA_MAX_TOKENS_PER_STEP leaves room for the root alone."""
         return min(self.heads.config.k_heads, self.options.k_heads or 256, self.options.max_nodes - 1)
 
     def check_tree(self, tree: Tree) -> Tree:
@@ -151,15 +157,17 @@ class Engine:
             token_counts=self.heads_facts["token_counts"],
         )
 
-    def base(self, tree: Tree = ROOT_ONLY, kind: type[LlamaBase] = LlamaBase, sequences: int = 0) -> LlamaBase:
+    def base(
+        self, tree: Tree = ROOT_ONLY, kind: type[LlamaBase] = LlamaBase, *, sequences: int = 0, context: int = 0
+    ) -> LlamaBase:
         """Make a context: for the root alone as plain decoding has it, otherwise with lanes and states.
 
-        sequences: how many ids there are; 0: as many as the tree has leaves.
+        sequences: how many ids there are; 0: as many as the tree has leaves. context: tokens; 0: as the settings say.
         """
         o, drafting = self.options, len(tree) > 1
         return kind(
             self.model,
-            n_ctx=self.context + (len(tree) if drafting else 0),
+            n_ctx=(context or self.context) + (len(tree) if drafting else 0),
             n_threads=o.n_threads,
             n_seq_max=sequences or len(tree.leaves),
             embeddings=drafting,
@@ -167,11 +175,13 @@ class Engine:
             kv_type=o.kv_type,
         )
 
-    def decoder(self, tree: Tree = ROOT_ONLY, drafter: Drafter | None = None, draft_vocab: int = 0) -> Decoder:
+    def decoder(
+        self, tree: Tree = ROOT_ONLY, drafter: Drafter | None = None, *, draft_vocab: int = 0, context: int = 0
+    ) -> Decoder:
         """Make a decoder for a tree; without a `drafter` the heads draft, and the root alone needs none."""
         if drafter is None and len(tree) > 1:
             drafter = self.drafter(tree, draft_vocab)
-        return Decoder(self.base(tree), FixedPlan(tree), drafter, self.context)
+        return Decoder(self.base(tree, context=context), FixedPlan(tree), drafter, context or self.context)
 
     def request(self, prompt: str, max_tokens: int, **more: Any) -> Request:
         """Make a request from text."""
@@ -179,19 +189,23 @@ class Engine:
 
 
 def find_heads(folder: Path, file: GGUFFile) -> Path | None:
-    """Return the heads below `folder` that belong to a model: of several, those that were validated best."""
-    fits: list[tuple[bool, float, Path]] = []
-    for path in sorted(folder.glob("**/config.json")):
-        facts = _read_facts(path, path.stat().st_mtime_ns)
-        if facts.get("heads_fingerprint") == file.heads_fingerprint():
-            same = facts.get("base_fingerprint") == file.file_fingerprint()
-            validated = facts.get("training", {}).get("validation", {}).get("acceptance_length", 0.0)
-            fits.append((same, float(validated), path.parent))
-    return max(fits, key=lambda f: f[:2])[2] if fits else None
+    """Return the heads below `folder` that belong to a model.
+
+    Of several: those made for this very file, in the folder named after it, the best of a run, the latest run.
+    """
+    wanted, fits = file.heads_fingerprint(), list[tuple[bool, bool, bool, float, Path]]()
+    for path in folder.glob("**/config.json"):
+        heads, facts = path.parent, _read_facts(path)
+        if facts.get("heads_fingerprint") != wanted or any(p.startswith(".") for p in heads.relative_to(folder).parts):
+            continue
+        same = facts.get("base_fingerprint") == file.file_fingerprint()
+        own = heads.relative_to(folder).parts[0] in (file.path.stem, file.path.name.split(".")[0])
+        unfinished = heads.name.startswith(("medusa_heads_latest", "medusa_heads_epoch"))
+        fits.append((same, own, not unfinished, path.stat().st_mtime, heads))
+    return max(fits)[-1] if fits else None
 
 
-@lru_cache
-def _read_facts(path: Path, _changed: int) -> dict[str, Any]:
+def _read_facts(path: Path) -> dict[str, Any]:
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -6,6 +6,8 @@ python model/train_medusa.py --base_model_path X.gguf --dataset_name chats.jsonl
 from __future__ import annotations
 
 import contextlib
+import json
+import logging
 import os
 import shlex
 import sys
@@ -26,7 +28,7 @@ import torch  # noqa: E402
 from config import HEADS_FOLDER, Settings  # noqa: E402
 from model.base.chat import ChatTemplate  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
-from model.base.llama import LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
 from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import MedusaError, ModelFileError, UsageError  # noqa: E402
@@ -38,23 +40,30 @@ from model.training.documents import read_documents  # noqa: E402
 from model.training.extraction import States, StreamedStates, open_base  # noqa: E402
 from model.training.options import TrainOptions, read_config  # noqa: E402
 from model.training.states import CacheKey, cached_states  # noqa: E402
-from model.training.storage import require_writable  # noqa: E402
+from model.training.storage import WriterLock, require_writable  # noqa: E402
 from model.training.text import Sample, digest, make_samples, split_samples, token_counts  # noqa: E402
 from model.training.trainer import Trainer, TrainResult  # noqa: E402
 
 BUNDLED = "tiny-python"  # its heads in medusa_heads_weights/ come with the project and are not overwritten
+DEMO = "demo"  # `main.py demo` trains there, each time anew
 LONGEST = 1024  # tokens per sequence, where nothing is said
 
 
-def train(options: TrainOptions) -> TrainResult:
-    """Train heads as the options say; progress is shown on the terminal. Raises MedusaError."""
+def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
+    """Train heads as the options say; progress is shown on the terminal. Raises MedusaError.
+
+    overwrite: begin anew in a folder that holds a run already.
+    """
     settings = Settings.load()
+    logging.basicConfig(level=settings.log_level, format="%(message)s")
     device = choose_device(options.device)
-    with contextlib.ExitStack() as opened:
+    with contextlib.ExitStack() as locked, contextlib.ExitStack() as opened:
         # The model: can it be loaded, rolled back, and read with the LM head that the file holds?
         file = check_loads(Path(options.base_model_path))
-        output_dir = choose_output_dir(options, file.path)
+        output_dir = choose_output_dir(options, file)
         require_writable(output_dir)
+        if not overwrite:
+            require_no_run(output_dir, options.resume_from)
         max_length = choose_length(options.max_length, file.context_length)
         model = opened.enter_context(contextlib.closing(load_model(file, settings)))
         check_lm_head(model, file, settings.n_threads)
@@ -70,11 +79,19 @@ def train(options: TrainOptions) -> TrainResult:
         )
 
         # The states: what the model makes of the text, kept on disk or made anew in each epoch.
+        locked.enter_context(WriterLock(output_dir))
         states: States
+
+        def base() -> LlamaBase:
+            return open_base(
+                model, max_length, settings.n_threads, flash_attn=settings.flash_attn, kv_type=settings.kv_type
+            )
+
         if options.cache == "off":
-            states = StreamedStates(opened.enter_context(open_base(model, max_length, settings.n_threads)), samples)
+            streamed = StreamedStates(opened.enter_context(base()), samples)
+            states = opened.enter_context(contextlib.closing(streamed))
         else:
-            states = kept_states(options, file, model, samples, max_length, settings.n_threads)
+            states = kept_states(options, file, base, samples, max_length, settings.kv_type)
             opened.close()  # the memory is the heads' from here on
 
         # The heads: as they are at first, or where an earlier run left them.
@@ -90,7 +107,11 @@ def train(options: TrainOptions) -> TrainResult:
             "token_counts": token_counts((samples[i] for i in learn), file.n_vocab),
             "training": {"data_source": data_source(options), "tokens": n_tokens, "max_length": max_length},
         }
-        identity = {"text (SHA-256)": digest(samples), "base model (SHA-256)": file.file_fingerprint()}
+        identity = {
+            "text (SHA-256)": digest(samples),
+            "base model (SHA-256)": file.file_fingerprint(),
+            "KV_TYPE": settings.kv_type,
+        }
         trainer = Trainer(heads, batches, validation, options, output_dir, facts=facts, identity=identity)
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
@@ -119,16 +140,15 @@ def new_heads(options: TrainOptions, file: GGUFFile) -> MedusaHeads:
 
 
 def kept_states(
-    options: TrainOptions, file: GGUFFile, model: LlamaModel, samples: list[Sample], max_length: int, n_threads: int
-) -> States:
+    options: TrainOptions, file: GGUFFile, base: Callable[[], LlamaBase], samples: list[Sample], max_length: int,
+    kv_type: str,
+) -> States:  # fmt: skip
     """Return the states of all samples, extracted into the cache where they aren't there yet."""
-    key = CacheKey(file.file_fingerprint(), file.heads_fingerprint(), digest(samples), max_length, options.cache_dtype)
+    model, tokenizer = file.file_fingerprint(), file.heads_fingerprint()
+    key = CacheKey(model, tokenizer, digest(samples), max_length, options.cache_dtype, kv_type)
     default = ROOT / ".cache" / "states" / f"{file.path.stem}-{key.folder_name()}"
     folder = Path(options.cache_dir) if options.cache_dir else default
-    return cached_states(
-        lambda: open_base(model, max_length, n_threads), file.n_embd, samples, folder, key,
-        data_source=data_source(options),
-    )  # fmt: skip
+    return cached_states(base, file.n_embd, samples, folder, key, data_source=data_source(options))
 
 
 def choose_device(name: str) -> torch.device:
@@ -147,20 +167,54 @@ def choose_length(asked: int, context_length: int) -> int:
     return asked or min(LONGEST, context_length)
 
 
-def choose_output_dir(options: TrainOptions, base_model: Path) -> Path:
+def choose_output_dir(options: TrainOptions, file: GGUFFile) -> Path:
     """Return the folder that is named, that of the run that is resumed, or the model's own."""
     if options.output_dir:
         return Path(options.output_dir)
     if options.resume_from:
-        folder = Path(options.resume_from)
-        return folder.parent if folder.name == "medusa_heads_latest" else folder
-    return default_output_dir(base_model)
+        return run_folder(options.resume_from)
+    return default_output_dir(file.path, file.file_fingerprint())
 
 
-def default_output_dir(base_model: Path) -> Path:
-    """Return the model's own folder below medusa_heads_weights/; never the one whose heads come with the project."""
+def run_folder(resume_from: str) -> Path:
+    """Return the output folder of the run that --resume_from names."""
+    folder = Path(resume_from)
+    return folder.parent if folder.name == "medusa_heads_latest" else folder
+
+
+def default_output_dir(base_model: Path, fingerprint: str) -> Path:
+    """Return the model's own folder below medusa_heads_weights/.
+
+    Never the demo's, nor the one whose heads come with the project. One that belongs to another base model of the same
+    name, or to none, is left alone: the folder's name ends with a piece of the fingerprint then.
+    """
     bundled = base_model.stem.split(".")[0] == BUNDLED
-    return HEADS_FOLDER / (f"{BUNDLED}-retrained" if bundled else base_model.stem)
+    folder = HEADS_FOLDER / (f"{BUNDLED}-retrained" if bundled else base_model.stem)
+    if folder.name != DEMO and all(_base_of(path) == fingerprint for path in _heads_in(folder)):
+        return folder
+    return folder.with_name(f"{folder.name}-{fingerprint[:8]}")
+
+
+def _heads_in(folder: Path) -> list[Path]:
+    """Return the config.json of all heads in an output folder."""
+    names = ("config.json", "medusa_heads_*/config.json", ".medusa_heads_*.old/config.json")
+    return [path for name in names for path in folder.glob(name)]
+
+
+def _base_of(config: Path) -> str | None:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return str(json.loads(config.read_text(encoding="utf-8"))["base_fingerprint"])
+    return None
+
+
+def require_no_run(output_dir: Path, resume_from: str) -> None:
+    """Raise UsageError where a folder holds another run than the one that is resumed."""
+    resumed = resume_from and run_folder(resume_from).resolve() == output_dir.resolve()
+    if not resumed and _heads_in(output_dir):
+        raise UsageError(
+            f"{output_dir}: holds the heads of an earlier run; go on with it (--resume_from {output_dir}) "
+            "or name another --output_dir"
+        )
 
 
 def data_source(options: TrainOptions) -> str:
@@ -229,11 +283,13 @@ def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command all fields of TrainOptions as options."""
     hints = get_type_hints(TrainOptions)
     for item in reversed(fields(TrainOptions)):
-        kind, least = hints[item.name], item.metadata["least"]
+        kind, least, below = hints[item.name], item.metadata["least"], item.metadata["below"]
         if get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
+        elif kind is int and least is not None:
+            kind = click.IntRange(min=int(least))
         elif least is not None:
-            kind = click.IntRange(min=int(least)) if kind is int else click.FloatRange(min=least)
+            kind = click.FloatRange(min=least, max=below, max_open=below is not None)
         decorate = click.option(
             f"--{item.name}", type=kind, default=item.default, show_default=item.default != "",
             help=item.metadata["help"], is_eager=item.name == "resume_from",
@@ -251,9 +307,10 @@ def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_click_options
 def main(**values: Any) -> None:
     """Train Medusa heads for a GGUF file."""
-    options = absolute(TrainOptions(**values))
+    options = TrainOptions(**values)
     if not options.base_model_path:
         options = replace(options, base_model_path=str(Settings.load().model_path))
+    options = absolute(options)
     result = train(options)
     report(result, options.base_model_path)
     if result.interrupted:

@@ -12,7 +12,7 @@ import pytest
 
 import config
 from config import ROOT, Settings, settings_table
-from model.base.llama import KV_TYPES
+from model.base.llama import KV_TYPES, QUANTIZED_KV
 from model.errors import UsageError
 
 
@@ -34,7 +34,7 @@ def test_defaults() -> None:
 def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     values = {
         "MODEL_PATH": "a/b.gguf", "MEDUSA_WEIGHTS_PATH": "heads", "MODEL_CONTEXT_SIZE": "512", "N_GPU_LAYERS": "7",
-        "N_THREADS": "3", "USE_MMAP": "false", "USE_MLOCK": "1", "FLASH_ATTENTION": "off", "KV_TYPE": "q8_0",
+        "N_THREADS": "3", "USE_MMAP": "false", "USE_MLOCK": "1", "FLASH_ATTENTION": "off", "KV_TYPE": "bf16",
         "MEDUSA_K_HEADS": "2", "MEDUSA_MAX_TOKENS_PER_STEP": "16", "LOG_LEVEL": "DEBUG",
     }  # fmt: skip
     assert {name.lower() for name in values} == set(Settings.model_fields)  # every variable is tried
@@ -43,7 +43,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     s = Settings.load()
     assert (s.model_path, s.medusa_weights_path) == (Path("a/b.gguf"), Path("heads"))
     assert (s.model_context_size, s.n_gpu_layers, s.n_threads) == (512, 7, 3)
-    assert (s.use_mmap, s.use_mlock, s.flash_attn, s.kv_type) == (False, True, False, "q8_0")
+    assert (s.use_mmap, s.use_mlock, s.flash_attn, s.kv_type) == (False, True, False, "bf16")
     assert (s.medusa_k_heads, s.medusa_max_tokens_per_step, s.log_level) == (2, 16, "DEBUG")
 
 
@@ -69,10 +69,13 @@ def test_a_bad_value_is_named_with_its_variable(name: str, value: str, monkeypat
     assert "\n" not in str(error.value)
 
 
-def test_context_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert [Settings.load().context_size(trained) for trained in (1024, 4096, 131_072)] == [1024, 4096, 4096]
-    monkeypatch.setenv("MODEL_CONTEXT_SIZE", "8192")
-    assert Settings.load().context_size(1024) == 8192
+@pytest.mark.parametrize("kind", QUANTIZED_KV)
+def test_a_quantized_cache_without_flash_attention_is_refused(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KV_TYPE", kind)
+    assert Settings.load().kv_type == kind
+    monkeypatch.setenv("FLASH_ATTENTION", "off")
+    with pytest.raises(UsageError, match=f"KV_TYPE='{kind}': .*needs flash attention; FLASH_ATTENTION is off"):
+        Settings.load()
 
 
 def test_kv_types_are_those_that_the_base_takes() -> None:
@@ -96,10 +99,8 @@ def test_usable_cores_follow_affinity_siblings_and_quota(monkeypatch: pytest.Mon
 
 
 def test_the_readme_holds_the_table() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8") if readme.exists() else ""
-    if "<!-- settings -->" not in text:
-        pytest.skip("README.md has no <!-- settings --> marker yet")
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- settings -->") == text.count("<!-- /settings -->") == 1, "README.md's markers are gone"
     table = text.split("<!-- settings -->")[1].split("<!-- /settings -->")[0].strip()
     assert table == settings_table(), "run `python config.py` and put its output between README.md's markers"
 

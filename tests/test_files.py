@@ -76,8 +76,21 @@ def test_round_trip(tmp_path: Path, lm_head: str, hidden: int) -> None:
         assert config["rank_accuracies"] == [[0.5] * 10] * K
         assert config["token_counts"].dtype == np.int32
         assert (config["token_counts"] == 2**31 - 1).all()  # larger counts end there
+        wanted = np.arange(V)[::-1] + 2**31
+        assert config["token_frequencies"] == {
+            "top": [[n - 2**31, n] for n in wanted.tolist()], "total": int(wanted.sum()),
+        }  # fmt: skip
     names = set(load_file(tmp_path / "heads" / HEADS_FILE))
     assert ("lm_head" in names) == (lm_head == "own")
+
+
+def test_the_most_frequent_tokens_stand_in_the_config(tmp_path: Path) -> None:
+    counts = np.zeros(V, np.int64)
+    counts[[7, 3, 9]] = 2, 5, 2
+    save_heads(tmp_path / "heads", make(), {**facts(), "token_counts": counts})
+    config = json.loads((tmp_path / "heads" / CONFIG_FILE).read_text())
+    assert config["token_frequencies"] == {"top": [[3, 5], [7, 2], [9, 2]], "total": 9}
+    assert load_heads(tmp_path / "heads", FakeBase())[1]["token_counts"].tolist() == counts.tolist()
 
 
 def test_saving_again_replaces_and_leaves_nothing_beside(folder: Path) -> None:

@@ -108,7 +108,7 @@ def test_a_failed_batch_leaves_no_trace_in_the_next(model: LlamaModel) -> None:
             base.decode(np.array([1, 500, -5], np.int32), 0, 0, outputs=False)
         base.clear()
         tree = Tree.chain(2)
-        base.decode_placed(base.place(0, np.array([1, 500, 501], np.int32), tree.depths, lane_rows(tree, range(1))))
+        base.decode_placed(base.place(0, [1, 500, 501], tree.depth_list, lane_rows(tree, range(1))))
         assert np.isfinite(base.logits(3)).all()
         assert (base.logits(3).std(axis=1) > 0.1).all()
 

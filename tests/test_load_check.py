@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -73,10 +74,12 @@ def with_number(raw: bytes, key: str, value: int) -> bytes:
         (lambda raw: raw.replace(b"blk.0.attn_q.weight", b"blk.0.attn_x.weight"), "llama.cpp cannot load this file"),
         (lambda raw: with_number(raw, "llama.attention.head_count", 7), "llama.cpp cannot load this file"),
         (lambda raw: with_number(raw, "llama.block_count", 9999), "llama.cpp crashed on this file (SIGABRT)"),
-        (lambda raw: raw.replace(b"<0x0A>", b"<0x0B>"), "llama.cpp crashed on this file (SIGABRT)"),
-        (lambda raw: raw.replace(b"<0x07>", b"<0x0_>"), "llama.cpp crashed on this file (SIGABRT)"),
+        (lambda raw: raw.replace(b"<0x0A>", b"<0x0B>"), "its vocabulary has no piece for byte 0x0A"),
+        (lambda raw: raw.replace(b"<0x00>", b"<0x0_>"), "its vocabulary has no piece for byte 0x00"),
+        (lambda raw: raw.replace(b"<0xF0>", b"<0xF_>"), "its vocabulary has no piece for byte 0xF0"),
+        (lambda raw: raw.replace(b"<0x", b"[0x"), "its vocabulary has no piece for byte 0x00"),
     ],
-    ids=["tensor", "head_count", "block_count", "twice the same byte", "no piece for a byte"],
+    ids=["tensor", "head_count", "block_count", "twice the same byte", "no NUL", "no lead byte", "no byte fallback"],
 )
 def test_what_the_header_does_not_tell(
     damage: Callable[[bytes], bytes], report: str, foreign: Foreign, tmp_path: Path
@@ -87,6 +90,15 @@ def test_what_the_header_does_not_tell(
     GGUFFile(path)  # opens: only loading shows it
     assert report in refusal(path)
     assert report in refusal(path)  # a failure is not remembered as a success
+
+
+def test_the_child_tries_every_byte_that_utf8_can_hold(foreign: Foreign, tmp_path: Path) -> None:
+    """Vocabularies whose kind is not known here are tried: what aborts is found, whichever byte it is."""
+    assert set(load_check.PROBE.encode()) == set(load_check.UTF8_BYTES)
+    path = tmp_path / "x.gguf"
+    path.write_bytes(foreign.q8_0.read_bytes().replace(b"<0xF3>", b"<0xF_>"))
+    command = [sys.executable, "-m", "model.base.load_check", str(path)]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True, check=False).returncode == -signal.SIGABRT
 
 
 def test_llama_cpps_reasons_are_in_the_log(foreign: Foreign, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -9,17 +9,20 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from model.base.llama import LlamaBase, LlamaModel
-from model.errors import DataError, OutputError
+from model.errors import ContextError, DataError, OutputError
 from model.training import extraction
 from model.training.extraction import StreamedStates, decode_states, open_base, pack
 from model.training.shards import to_float8
@@ -123,11 +126,9 @@ def test_cached_states_are_the_models_own(model: LlamaModel, tmp_path: Path, dty
 def test_streamed_states_equal_cached_ones_and_start_anywhere(model: LlamaModel) -> None:
     samples = make(LENGTHS * 3)
     order = np.random.default_rng(1).permutation(len(samples)).tolist()
-    base = open_base(model, 64, 1)
-    streamed = StreamedStates(base, samples)
-    whole = [s for s in streamed.read(order) if s is not None]
-    late = [s for s in streamed.read(order, since=11) if s is not None]
-    base.close()
+    with open_base(model, 64, 1) as base, closing(StreamedStates(base, samples)) as streamed:
+        whole = [s for s in streamed.read(order) if s is not None]
+        late = [s for s in streamed.read(order, since=11) if s is not None]
     assert [len(s) for s in whole] == [len(samples[i].tokens) for i in order]
     assert all(torch.equal(a, b) for a, b in zip(whole[11:], late, strict=True))
     assert extraction.STREAM_GROUP < 11, "the border between groups must not be where the test starts"
@@ -194,7 +195,7 @@ def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
     model.close()
     files = sorted(path.name for path in (tmp_path / "whole").iterdir())
     assert len(files) > len(before) + 2
-    assert sorted(path.name for path in folder.iterdir() if path.suffix != ".part") == files
+    assert sorted(path.name for path in folder.iterdir()) == files
     for name in files:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
     assert all((folder / name).stat().st_mtime_ns == at for name, at in before.items()), "a finished shard was redone"
@@ -243,6 +244,63 @@ def test_bad_states_are_left_out_of_a_stream(capsys: pytest.CaptureFixture[str])
     assert "text3" in capsys.readouterr().err
 
 
+def threads() -> int:
+    return sum(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+
+
+def test_a_stream_runs_ahead_of_its_reader_by_a_few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, base, before = make([5] * 100), FakeBase(), threads()
+    with closing(StreamedStates(base, samples)) as streamed:
+        reader = streamed.read(range(100))
+        next(reader)
+        most = (extraction.AHEAD + 1) * extraction.STREAM_GROUP * 5
+        assert extraction.AHEAD >= 1
+        deadline = time.monotonic() + 30
+        while base.decoded < most and time.monotonic() < deadline:  # without being asked for more
+            time.sleep(0.001)
+        time.sleep(0.05)
+        assert base.decoded == most
+        assert len(list(reader)) == 99
+        assert threads() == before + 1
+    assert threads() == before
+
+
+def test_a_stream_that_is_given_up_stops_within_a_batch() -> None:
+    """As after Ctrl-C or an error of the trainer's, whose traceback may keep the reader alive."""
+    samples, before = make([64] * 60), threads()
+    go = threading.Event()
+
+    class Slow(FakeBase):
+        def decode(self, *arguments: Any, **more: Any) -> None:
+            assert go.wait(30)
+            super().decode(*arguments, **more)
+
+    base = Slow()
+    with closing(StreamedStates(base, samples)) as streamed:
+        reader = streamed.read(range(60))
+        go.set()
+        next(reader)
+        go.clear()
+        seen = base.decoded
+        threading.Timer(0.1, go.set).start()
+    assert base.decoded <= seen + 2 * base.n_batch  # of 512 tokens that a group has
+    assert threads() == before
+    del reader
+
+
+def test_an_error_while_streaming_reaches_the_reader() -> None:
+    class Full(FakeBase):
+        def decode(self, *arguments: Any, **more: Any) -> None:
+            if self.decoded > 500:
+                raise ContextError("no room")
+            super().decode(*arguments, **more)
+
+    before = threads()
+    with closing(StreamedStates(Full(), make([5] * 300))) as streamed, pytest.raises(ContextError, match="no room"):
+        list(streamed.read(range(300)))
+    assert threads() == before
+
+
 def test_nothing_but_bad_states(tmp_path: Path) -> None:
     samples = make([4, 5])
     for sample in samples:
@@ -270,8 +328,10 @@ def test_an_unwritable_folder(tmp_path: Path) -> None:
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "lock").write_text("999999")
+    (tmp_path / ".states-00000.safetensors.999999").write_text("half a sh")
     assert isinstance(cached_states(FakeBase, 6, make(LENGTHS), tmp_path, KEY), CachedStates)
     assert os.path.getsize(tmp_path / "lock") == 0
+    assert not list(tmp_path.glob(".states-*"))
 
 
 def test_a_full_disk_leaves_no_half_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from model.base.chat import ChatTemplate
 from model.base.llama import LlamaModel
 from model.errors import DataError
-from model.training.documents import Document, held_out, read_documents, standard_library
+from model.training.documents import ROLES, Document, held_out, read_documents, standard_library
 from model.training.text import Sample, digest, make_samples, split_samples, token_counts
 
 CHAT = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "It is four."},
@@ -99,9 +100,39 @@ def test_bad_data_sets_are_named_in_one_line(tmp_path: Path, name: str | None, c
     if name:
         path.write_text(content)
     with pytest.raises(DataError, match=says) as caught:
-        list(read_documents(str(path)))
+        make_samples(read_documents(str(path)), Bytes(), ChatTemplate(None), 64)
     assert str(path.name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+STRICT = (  # as Llama's and Mistral's: turns must alternate, the user's first
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('order') }}"
+    "{% endif %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_unusable_records_are_skipped_and_counted_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def turn(who: Any, value: Any) -> dict[str, Any]:
+        return {"from": who, "value": value}
+
+    good = [turn("human", "Question?"), turn("gpt", "Answer.")]
+    chats: list[list[Any]] = [
+        [turn("gpt", "Said before anyone asked."), *good], [turn("tool", "x"), *good], [turn("chatgpt", "x"), *good],
+        [turn(["human"], "x"), *good], [turn("human", None), *good], [None], [], [turn("gpt", "alone")],
+        [good[0], *good], [turn("system", "not in this template"), *good], good,
+    ]  # fmt: skip
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"conversations": chat}) for chat in chats) + '\n{"text": null}')
+    samples = make_samples(read_documents(str(path)), Bytes(), ChatTemplate(STRICT), 512)
+    assert [s.name for s in samples] == ["chats.jsonl:1+0", "chats.jsonl:11+0"]
+    assert learnt(samples) == ["Answer."] * 2
+    told = capsys.readouterr().err.strip()
+    assert told == "records skipped: 10; the first, chats.jsonl:2: a turn has role 'tool'; known: " + ", ".join(ROLES)
+    path.write_text(json.dumps({"conversations": [*good, *good[1:]]}))
+    with pytest.raises(DataError, match=r"records skipped: 1; the first, chats\.jsonl:1: .* refuses .*: order"):
+        make_samples(read_documents(str(path)), Bytes(), ChatTemplate(STRICT), 512)
 
 
 def test_empty_data_set_is_refused() -> None:
@@ -132,6 +163,21 @@ def test_a_template_that_rewrites_the_past_ends_the_sample() -> None:
 def test_a_template_cannot_reach_out() -> None:
     with pytest.raises(DataError, match="refuses"):
         ChatTemplate("{{ ''.__class__.__mro__[1].__subclasses__() }}").render([], prompt=False)
+
+
+def test_texts_do_not_depend_on_the_day() -> None:
+    """Llama 3's way to a date; a clock would give other training text, so other states, each day."""
+    source = "{% if strftime_now is defined %}{{ strftime_now('%d %b %Y') }}{% endif %}"
+    assert ChatTemplate(source).render([], prompt=False) == "26 Jul 2024"
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 // 0 }}", "{{ 9.0 ** 9999 }}", "{{ 'x'.encode('none') }}", "{{ messages.x.y }}"]
+)
+def test_whatever_a_template_raises_is_one_line(source: str) -> None:
+    with pytest.raises(DataError, match="refuses a conversation") as caught:
+        ChatTemplate(source).render([], prompt=False)
+    assert "\n" not in str(caught.value)
 
 
 def test_windows_begin_with_bos_and_lose_nothing() -> None:
@@ -181,4 +227,6 @@ def test_the_real_tokenizer(foreign_gguf: Path) -> None:
     (sample,) = make_samples([Document("a", text)], model, ChatTemplate(None), 256)
     assert sample.tokens[0] == model.bos
     assert model.detokenize(sample.tokens[1:]) == text
+    half = make_samples([Document("a", "half a pair: \ud83d!")], model, ChatTemplate(None), 256)
+    assert model.detokenize(half[0].tokens[1:]) == "half a pair: ?!"
     model.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -12,19 +13,23 @@ import time
 from dataclasses import fields
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
 
-from config import HEADS_FOLDER
 from model import train_medusa
 from model.base.gguf_file import GGUFFile
-from model.errors import UsageError
+from model.base.llama import LlamaBase
+from model.errors import DataError, UsageError
 from model.heads.files import load_heads
 from model.train_medusa import choose_output_dir, default_output_dir, main
+from model.training.checkpoints import read_run
+from model.training.extraction import open_base
 from model.training.options import TrainOptions, read_config
+from model.training.storage import WriterLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = [
@@ -80,12 +85,13 @@ def test_from_gguf_to_heads(foreign_gguf: Path, text: Path, tmp_path: Path, more
     assert (tmp_path / "cache").exists() == ("off" not in more)
 
 
+@pytest.mark.parametrize("cache", ["on", "off"])
 def test_interrupt_says_how_to_go_on_and_that_leads_to_the_same_bits(
-    foreign_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    foreign_gguf: Path, text: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a user does it: script, Ctrl-C, the printed line, from other directories."""
     monkeypatch.setenv("N_THREADS", "1")
-    long = ["--epochs", "4", "--batch_size", "1"]
+    long = ["--epochs", "4", "--batch_size", "1", "--cache", cache]
     whole = CliRunner().invoke(main, command(foreign_gguf, text, tmp_path / "whole", *long), catch_exceptions=False)
     assert whole.exit_code == 0, whole.output
     stopped = launch(command(foreign_gguf, text, tmp_path / "parts", *long), tmp_path)
@@ -116,6 +122,7 @@ def test_interrupt_says_how_to_go_on_and_that_leads_to_the_same_bits(
         (["--output_dir", "FILE/out"], "is a file"),
         (["--k_heads", "0"], "k_heads"),
         (["--lm_head", "none"], "lm_head"),
+        (["--val_fraction", "1"], "val_fraction"),
         (["--resume_from", "nowhere"], "no run to go on with"),
         (["--config", "bad.yaml"], "unknown option learning_rat"),
         (["--no_such_option"], "no_such_option"),
@@ -157,13 +164,16 @@ def test_config_file_sets_options_and_the_command_line_wins(
         CliRunner().invoke(main, arguments)
         options = seen.pop()
         assert (options.epochs, options.learning_rate, options.k_heads, options.batch_size) == (7, 2e-3, 3, 8)
+    (tmp_path / "c.yaml").write_text("cache: off")  # YAML 1.1: a boolean
+    CliRunner().invoke(main, ["--config", str(tmp_path / "c.yaml")])
+    assert seen.pop().cache == "off"
     for content, says in (("foo: 1", "unknown option foo"), ("- a\n- b", "option: value"), ("a: [", "not YAML")):
         (tmp_path / "c.yaml").write_text(content)
         with pytest.raises(UsageError, match=says):
             read_config(tmp_path / "c.yaml")
 
 
-def test_a_resumed_run_brings_its_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_brings_its_options(foreign_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Command line before YAML file before the run that is resumed, in whichever order they are named."""
     seen: list[TrainOptions] = []
 
@@ -181,12 +191,12 @@ def test_a_resumed_run_brings_its_options(tmp_path: Path, monkeypatch: pytest.Mo
         CliRunner().invoke(main, [word for words in order for word in words])
         options = seen.pop()
         assert (options.seed, options.epochs, options.k_heads) == (9, 7, 3)
-        assert choose_output_dir(options, Path("x.gguf")) == tmp_path / "run"
+        assert choose_output_dir(options, GGUFFile(foreign_gguf)) == tmp_path / "run"
     config.write_text(f"resume_from: {tmp_path / 'run' / 'medusa_heads_latest'}")
     CliRunner().invoke(main, named[0])
     options = seen.pop()
     assert options.seed == 9
-    assert choose_output_dir(options, Path("x.gguf")) == tmp_path / "run"
+    assert choose_output_dir(options, GGUFFile(foreign_gguf)) == tmp_path / "run"
 
 
 def test_options_and_defaults_are_as_documented() -> None:
@@ -203,7 +213,78 @@ def test_options_and_defaults_are_as_documented() -> None:
     assert names == set(defaults) | {"config"}
 
 
-def test_bundled_heads_are_not_overwritten_by_default() -> None:
-    assert default_output_dir(Path("models/tiny-python.Q4_0.gguf")) == HEADS_FOLDER / "tiny-python-retrained"
-    assert default_output_dir(Path("/x/tiny-python.gguf")) != HEADS_FOLDER / "tiny-python"
-    assert default_output_dir(Path("vicuna-7b.Q4_K_M.gguf")) == HEADS_FOLDER / "vicuna-7b.Q4_K_M"
+def test_each_model_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_medusa, "HEADS_FOLDER", tmp_path)
+
+    def name(path: str, fingerprint: str = "abcdef0123") -> str:
+        return default_output_dir(Path(path), fingerprint).relative_to(tmp_path).as_posix()
+
+    assert name("models/tiny-python.Q4_0.gguf") == "tiny-python-retrained"  # the bundled heads stay as they are
+    assert name("/x/tiny-python.gguf") == "tiny-python-retrained"
+    assert name("/x/demo.gguf") == "demo-abcdef01"
+    assert name("vicuna-7b.Q4_K_M.gguf") == "vicuna-7b.Q4_K_M"
+    heads = tmp_path / "vicuna-7b.Q4_K_M" / "medusa_heads_epoch_1"
+    heads.mkdir(parents=True)
+    (heads / "config.json").write_text('{"base_fingerprint": "abcdef0123"}')
+    assert name("vicuna-7b.Q4_K_M.gguf") == "vicuna-7b.Q4_K_M"
+    assert name("/other/vicuna-7b.Q4_K_M.gguf", "9876543210") == "vicuna-7b.Q4_K_M-98765432"
+    (heads / "config.json").write_text("not ours")
+    assert name("vicuna-7b.Q4_K_M.gguf") == "vicuna-7b.Q4_K_M-abcdef01"
+
+
+def test_an_earlier_run_is_not_overwritten(
+    foreign_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = command(foreign_gguf, text, tmp_path, "--epochs", "1")
+    assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0
+    best = tmp_path / "out" / "medusa_heads_best" / "medusa_lm_head.safetensors"
+    before = best.stat().st_mtime_ns
+    refused = CliRunner().invoke(main, [*arguments, "--seed", "1"])
+    assert isinstance(refused.exception, UsageError)
+    assert "--resume_from" in str(refused.exception) and "another --output_dir" in str(refused.exception)
+    elsewhere = ["--resume_from", str(tmp_path / "elsewhere")]  # another run's end is no right to this folder
+    monkeypatch.setattr(train_medusa, "read_run", lambda _: {"options": {}})
+    assert "holds the heads" in str(CliRunner().invoke(main, [*arguments, *elsewhere]).exception)
+    monkeypatch.undo()
+    assert best.stat().st_mtime_ns == before
+    seen: list[TrainOptions] = []
+    monkeypatch.setattr(train_medusa, "train", seen.append)
+    CliRunner().invoke(main, arguments)
+    monkeypatch.undo()
+    with WriterLock(tmp_path / "out"), pytest.raises(DataError, match=f"process {os.getpid()} is writing there"):
+        train_medusa.train(seen[0], overwrite=True)
+    assert best.stat().st_mtime_ns == before
+    train_medusa.train(seen[0], overwrite=True)
+    assert best.stat().st_mtime_ns != before
+    steps = [json.loads(line)["step"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps)
+
+
+def test_the_environment_reaches_the_states(
+    foreign_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """KV type and flash attention decide about states; a relative MODEL_PATH is saved whole."""
+    opened: list[dict[str, object]] = []
+
+    def spy(*arguments: Any, **kind: Any) -> LlamaBase:
+        opened.append(kind)
+        return open_base(*arguments, **kind)
+
+    monkeypatch.setattr(train_medusa, "open_base", spy)
+    monkeypatch.setenv("KV_TYPE", "f32")
+    monkeypatch.setenv("FLASH_ATTENTION", "off")
+    monkeypatch.chdir(foreign_gguf.parent)
+    monkeypatch.setenv("MODEL_PATH", foreign_gguf.name)
+    arguments = command(foreign_gguf, text, tmp_path, "--epochs", "1")[2:]
+    assert CliRunner().invoke(main, arguments, catch_exceptions=False).exit_code == 0
+    assert opened == [{"flash_attn": False, "kv_type": "f32"}]
+    assert json.loads((tmp_path / "cache" / "manifest.json").read_text())["key"]["kv_type"] == "f32"
+    assert read_run(tmp_path / "out")["options"]["base_model_path"] == str(foreign_gguf.resolve())
+
+
+def test_log_level_is_heard(foreign_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOG_LEVEL", "DEBUG")
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(logging, "basicConfig", lambda **given: asked.append(given))
+    CliRunner().invoke(main, command(foreign_gguf, text, tmp_path, "--max_length", "4096"))
+    assert asked[0]["level"] == "DEBUG"

@@ -113,6 +113,20 @@ def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
     assert torch.allclose(a, b, atol=1e-6)
 
 
+def test_own_lm_heads_share_one_gradient() -> None:
+    """Indexing (K,V,D) K times would make K gradients of that size."""
+    heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head="own"), torch.randn(VOCAB, DIM))
+    waiting: list[Any] = [heads_loss(heads, torch.randn(9, DIM), torch.randint(0, VOCAB, (9, 3))).grad_fn]
+    readers = set()
+    while waiting:
+        node = waiting.pop()
+        behind = [function for function, _ in node.next_functions if function is not None]
+        if any(getattr(function, "variable", None) is heads.lm_head for function in behind):
+            readers.add(node)
+        waiting += behind
+    assert [node.name() for node in readers] == ["UnbindBackward0"]
+
+
 def test_everything_is_written(tmp_path: Path) -> None:
     result = build(tmp_path).fit()
     names = {path.name for path in tmp_path.iterdir()}

@@ -15,6 +15,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from model.errors import DataError
 
+_DATE = datetime.datetime(2024, 7, 26)  # what Llama 3's template takes without a clock; texts must not change daily
 Message = dict[str, str]  # "role": system, user or assistant; "content"
 
 # Vicuna 1.1, as in FastChat's conversation.py: the answer ends with the end-of-text mark.
@@ -46,18 +47,18 @@ class ChatTemplate:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+        environment.globals["strftime_now"] = _DATE.strftime
         self._marks: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
         try:
             self._template = environment.from_string(source or VICUNA)
-        except jinja2.TemplateError as error:
+        except Exception as error:  # Jinja lets some of Python's through, such as RecursionError
             raise DataError(f"the model's chat template is damaged: {_line(error)}") from error
 
     def render(self, messages: list[Message], *, prompt: bool) -> str:
         """Return the conversation as text, `prompt` with the mark after which the assistant answers."""
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt, **self._marks)
-        except (jinja2.TemplateError, TypeError) as error:
+        except Exception as error:  # whatever its expressions raise: ZeroDivisionError, OverflowError …
             raise DataError(f"the model's chat template refuses a conversation: {_line(error)}") from error
 
     def segments(self, messages: list[Message]) -> list[Segment]:

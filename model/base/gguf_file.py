@@ -5,7 +5,6 @@ Also writes requantized copies. Knows file and format; decoding is `llama.py`'s,
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ import numpy.typing as npt
 
 from model.base.gguf_header import read_header
 from model.base.remember import recall, remember
+from model.base.whole_file import whole_file
 from model.errors import ModelFileError, OutputError, UsageError
 
 Float32Array = npt.NDArray[np.float32]
@@ -184,17 +184,7 @@ def requantize(source: Path, target: Path, kind: str, output_type: str | None = 
     if output_type is not None:
         params.output_tensor_type = int(outputs[output_type])
     GGUFFile(source)
-    draft = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        draft.touch()
+    with whole_file(target) as draft:
+        draft.touch()  # where this fails the reason is known, where llama.cpp does it is not
         if llama_cpp.llama_model_quantize(str(source).encode(), str(draft).encode(), params) != 0:
             raise OutputError(f"{target}: llama.cpp could not write {source} as {kind}")
-        with draft.open("rb") as f:
-            os.fsync(f.fileno())
-        draft.replace(target)
-    except OSError as error:
-        raise OutputError(f"{target}: cannot be written ({error.strerror})") from None
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()

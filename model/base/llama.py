@@ -180,8 +180,8 @@ class LlamaBase:
         self._outputs = np.ones(n, np.int8)
         self._rows = (self._ids.ctypes.data + np.arange(n, dtype=np.uint64) * (4 * s)).astype(np.uint64)
         # The same memory for lists: numpy takes 5 µs to convert one when the caches are cold.
-        self._token_list = (ctypes.c_int32 * n).from_buffer(self._token)
-        self._pos_list = (ctypes.c_int32 * n).from_buffer(self._pos)
+        self._token_list: Any = (ctypes.c_int32 * n).from_buffer(self._token.data)
+        self._pos_list: Any = (ctypes.c_int32 * n).from_buffer(self._pos.data)
         self._placed: dict[int, LaneRows] = {}  # offset → the lanes that stand there from an earlier batch
         batch = self._batch = llama_cpp.llama_batch()
         arrays: dict[str, npt.NDArray[Any]] = {

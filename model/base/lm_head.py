@@ -12,6 +12,7 @@ from model.errors import ModelFileError
 
 POSITIONS = 256
 TOLERANCE = 0.05  # of the logits' spread. llama.cpp rounds h to 8 bits before a quantized W: 0.004 to 0.01 seen
+_VERSION = 1  # of this check: an older one's successes are not trusted
 _ROWS = 16_384
 
 
@@ -21,8 +22,8 @@ def check_lm_head(model: LlamaModel, file: GGUFFile, n_threads: int) -> None:
     Logits are compared, not argmaxes: an unknown scale or cap passes the second and fails the first.
     Remembered per file. Raises ModelFileError, naming the architecture, where they differ.
     """
-    fingerprint = file.file_fingerprint()
-    if fingerprint in recall("lm_heads"):
+    key = f"{file.file_fingerprint()} {file.logit_scale} {file.soft_cap} {_VERSION}"
+    if key in recall("lm_heads"):
         return
     tokens = np.random.default_rng(0).integers(0, model.n_vocab, POSITIONS).astype(np.int32)
     length = min(POSITIONS, model.n_ctx_train)
@@ -30,12 +31,12 @@ def check_lm_head(model: LlamaModel, file: GGUFFile, n_threads: int) -> None:
         base.decode(tokens[:length], 0, 0)
         logits, hidden = base.logits(length), base.hidden(length)
         error = lm_head_error(file, hidden, logits)
-    if error > TOLERANCE:
+    if not error <= TOLERANCE:  # NaN is neither
         raise ModelFileError(
             f"{file.path}: W·h differs from llama.cpp's logits by {error:.2f} of their spread; the output of "
             f"{file.architecture!r} models is not understood, so they cannot be drafted for (plain decoding works)"
         )
-    remember("lm_heads", fingerprint, round(error, 5))
+    remember("lm_heads", key, round(error, 5))
 
 
 def lm_head_error(file: GGUFFile, hidden: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> float:

@@ -20,6 +20,10 @@ from model.errors import MedusaError, ModelFileError
 
 log = logging.getLogger(__name__)
 _ROOT = Path(__file__).resolve().parents[2]
+_VERSION = 2  # of this check: an older one's successes are not trusted
+UTF8_BYTES = (*range(0x80), *range(0x80, 0xC0), *range(0xC2, 0xF5))
+# Characters in which each of these bytes stands: all of one or two bytes, every 1985th of the longer ones.
+PROBE = "".join(chr(c) for c in (*range(0x800), *range(0x800, 0x110000, 1985)) if not 0xD800 <= c < 0xE000)
 _REFUSED = 3  # the child's exit status when it says why, on its last line of output
 
 
@@ -29,9 +33,10 @@ def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
     timeout: seconds for loading and one token. Raises ModelFileError, in one line, where it does not.
     """
     file = GGUFFile(path)
-    key = f"{file.file_fingerprint()} {version('llama-cpp-python')}"
+    key = f"{file.file_fingerprint()} {version('llama-cpp-python')} {_VERSION}"
     if recall("loads").get(key):
         return file
+    _require_byte_pieces(file)
     paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     env = {
         **os.environ,
@@ -54,6 +59,20 @@ def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
     return file
 
 
+def _require_byte_pieces(file: GGUFFile) -> None:
+    """Raise ModelFileError where a SentencePiece vocabulary cannot spell some text: llama.cpp aborts on that."""
+    if file.metadata.get("tokenizer.ggml.model") != "llama":  # others leave out what they cannot spell
+        return
+    pieces = set(file.metadata["tokenizer.ggml.tokens"])
+    for byte in UTF8_BYTES:
+        spelt = f"<0x{byte:02X}>" in pieces or (byte < 0x80 and chr(byte) in pieces) or byte == ord(" ")  # " " is "▁"
+        if not spelt:
+            raise ModelFileError(
+                f"{file.path}: its vocabulary has no piece for byte 0x{byte:02X}, so llama.cpp cannot tokenize every "
+                "text with it; convert the model anew with byte fallback"
+            )
+
+
 def _death(status: int) -> str:
     """Say in words how the child ended; a negative status is the signal that ended it."""
     if status == -signal.SIGKILL:
@@ -70,7 +89,7 @@ def _try(path: Path) -> None:
 
     model = LlamaModel(path)
     base = LlamaBase(model, n_ctx=64, n_threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
-    model.tokenize("".join(map(chr, range(1, 512))))  # aborts where a vocabulary has no piece for a byte
+    model.tokenize(PROBE)  # aborts where a vocabulary has no piece for a byte
     base.decode(np.array([max(model.bos, 0)], np.int32), 0, 0)
     if not np.isfinite(base.logits(1)).all():
         raise ModelFileError(f"{path}: the first token's logits are not numbers; the file is damaged, fetch it again")

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 import platformdirs
+
+from model.base.whole_file import whole_file
+from model.errors import OutputError
 
 
 def folder() -> Path:
@@ -31,12 +33,5 @@ def recall(kind: str) -> dict[str, Any]:
 def remember(kind: str, key: str, value: Any) -> None:
     """Add one fact to those of its kind, or replace it."""
     path = folder() / f"{kind}.json"
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    text = json.dumps({**recall(kind), key: value}, indent=1)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        draft.replace(path)
+    with contextlib.suppress(OutputError), whole_file(path) as draft:
+        draft.write_text(json.dumps({**recall(kind), key: value}, indent=1), encoding="utf-8")

@@ -1,7 +1,9 @@
 """How heads are kept: a folder with `config.json` and `medusa_lm_head.safetensors`, written whole, read with suspicion.
 
-Knows nothing of training: its facts come in as a dictionary. A folder is replaced by two renames; should the process
-die between them, the former version lies beside it as `.NAME.old`, where loading and the next save find it.
+`config.json` says all that is short; the training text's token counts, as many as the vocabulary has tokens, are a
+tensor, of which it repeats the 100 largest. Knows nothing of training: its facts come in as a dictionary. A folder is
+replaced by two renames; should the process die between them, the former version lies beside it as `.NAME.old`, where
+loading and the next save find it.
 """
 
 import json
@@ -28,6 +30,7 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 HEADS_FILE = "medusa_lm_head.safetensors"
 _INT32_MAX = 2**31 - 1
+_TOP = 100  # tokens whose frequencies can be read in config.json
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +103,9 @@ def write_heads(folder: Path, heads: MedusaHeads, facts: dict[str, Any]) -> None
     counts = facts.pop("token_counts", None)
     if counts is not None:
         tensors["token_counts"] = torch.from_numpy(np.minimum(counts, _INT32_MAX).astype(np.int32))
+        top = np.argsort(-counts, kind="stable")[:_TOP]
+        most = [[int(token), int(counts[token])] for token in top if counts[token]]
+        facts["token_frequencies"] = {"top": most, "total": int(counts.sum())}
     save_file(tensors, folder / HEADS_FILE)
     config = {"format_version": FORMAT_VERSION, **asdict(heads.config), **facts}
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
@@ -109,7 +115,8 @@ def save_heads(folder: Path, heads: MedusaHeads, facts: dict[str, Any]) -> None:
     """Write heads as a folder, whole or not at all.
 
     facts: `base_facts(...)`, "training", "rank_accuracies" and, optionally, "token_counts" (V,), each token's number in
-    the training text, from which a draft vocabulary is chosen. Raises OutputError.
+    the training text, from which a draft vocabulary is chosen: kept as a tensor, the 100 largest in config.json too as
+    "token_frequencies". Raises OutputError.
     """
     with whole_folder(folder) as new:
         write_heads(new, heads, facts)

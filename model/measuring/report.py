@@ -10,6 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from model.base.whole_file import whole_file
 from model.engine import Engine
 from model.errors import DataError, OutputError
 
@@ -40,13 +41,8 @@ def check_writable(path: Path | None) -> None:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a result whole, or say in one line why not."""
-    draft = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with whole_file(path) as draft:
         draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-        draft.replace(path)
-    except OSError as error:
-        draft.unlink(missing_ok=True)
-        raise OutputError(f"{path}: cannot be written ({error.strerror})") from None
 
 
 def facts(engine: Engine) -> dict[str, Any]:

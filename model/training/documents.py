@@ -26,11 +26,12 @@ MAX_SOURCE_BYTES = 200_000  # of a Python file of the standard library: larger o
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a conversation, with the place where it comes from."""
+    """A text or a conversation, with the place where it comes from; `problem`: why a record cannot be used."""
 
     name: str
     text: str = ""
     messages: tuple[Message, ...] = ()
+    problem: str = ""
 
 
 def held_out(name: str) -> bool:
@@ -58,7 +59,8 @@ def standard_library(root: Path | None = None, *, held: bool = False) -> Iterato
 def read_documents(dataset: str, split: str = "train") -> Iterator[Document]:
     """Yield the documents of a local file or folder, of a Hugging Face data set, or (no name) of the demo.
 
-    Raises DataError where nothing is there, or where it has a form that is not known.
+    Records that cannot be used come with their problem. Raises DataError where nothing is there, or where it has a
+    form that is not known.
     """
     path = Path(dataset).expanduser()
     if not dataset:
@@ -145,7 +147,7 @@ def _document(name: str, record: Any) -> Document:
     fields: dict[str, Any] = record if isinstance(record, dict) else {}
     for column in CHAT_COLUMNS:
         if isinstance(fields.get(column), list):
-            return Document(name, messages=tuple(_message(name, turn) for turn in fields[column]))
+            return _conversation(name, fields[column])
     for ask, answer in PAIR_COLUMNS:
         if isinstance(fields.get(ask), str) and isinstance(fields.get(answer), str):
             asked = "\n\n".join(part for part in (fields[ask], fields.get("input") or "") if part)
@@ -155,15 +157,24 @@ def _document(name: str, record: Any) -> Document:
         if isinstance(fields.get(column), str):
             return Document(name, fields[column])
     found = ", ".join(fields) or type(record).__name__
-    raise DataError(f"data set record {name}: neither text nor conversation in it (found: {found})")
+    return Document(name, problem=f"neither text nor conversation in it (found: {found})")
 
 
-def _message(name: str, turn: Any) -> Message:
-    role = turn.get("role", turn.get("from")) if isinstance(turn, dict) else None
-    content = turn.get("content", turn.get("value")) if isinstance(turn, dict) else None
-    if role not in ROLES or not isinstance(content, str):
-        raise DataError(f"data set record {name}: a turn has role {role!r}; known: {', '.join(ROLES)}")
-    return {"role": ROLES[role], "content": content}
+def _conversation(name: str, turns: list[Any]) -> Document:
+    """Make a document of turns; what the assistant says before anyone has asked is left out."""
+    messages: list[Message] = []
+    for turn in turns:
+        fields: dict[str, Any] = turn if isinstance(turn, dict) else {}
+        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+        if not isinstance(role, str) or role not in ROLES:
+            return Document(name, problem=f"a turn has role {role!r:.80}; known: {', '.join(ROLES)}")
+        if not isinstance(content, str):
+            return Document(name, problem=f"a turn of role {role!r} holds no text")
+        if ROLES[role] != "assistant" or any(message["role"] == "user" for message in messages):
+            messages.append({"role": ROLES[role], "content": content})
+    if not any(message["role"] == "assistant" for message in messages):
+        return Document(name, problem="nobody answers in it")
+    return Document(name, messages=tuple(messages))
 
 
 def _read_text(path: Path) -> str | None:

@@ -5,7 +5,10 @@ Knows neither files nor heads; in which order samples are wanted is decided else
 
 from __future__ import annotations
 
+import collections
+import threading
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +27,7 @@ Ints = npt.NDArray[np.int32]
 N_BATCH = 512  # tokens per decode: llama.cpp keeps the logits of every one (262 MB at V=128k)
 N_SEQ = 32  # sequences per decode at most; short samples share a batch
 STREAM_GROUP = 8  # samples that are streamed together; a resumed run starts at a border between groups
+AHEAD = 2  # groups that wait for the trainer at most
 
 
 class States(Protocol):
@@ -54,10 +58,21 @@ class StateBase(Protocol):
         """Empty the cache."""
 
 
-def open_base(model: LlamaModel, max_length: int, n_threads: int, *, embeddings: bool = True) -> LlamaBase:
+def open_base(
+    model: LlamaModel,
+    max_length: int,
+    n_threads: int,
+    *,
+    flash_attn: bool | None = None,
+    kv_type: str = "f16",
+    embeddings: bool = True,
+) -> LlamaBase:
     """Return the context that states are extracted in; without embeddings, for comparison only."""
     n_ctx = max_length + N_BATCH  # room for a full batch beside a sample that began in an earlier one
-    return LlamaBase(model, n_ctx=n_ctx, n_threads=n_threads, n_seq_max=N_SEQ, n_batch=N_BATCH, embeddings=embeddings)
+    return LlamaBase(
+        model, n_ctx=n_ctx, n_threads=n_threads, n_seq_max=N_SEQ, n_batch=N_BATCH, embeddings=embeddings,
+        flash_attn=flash_attn, kv_type=kv_type,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,25 +118,55 @@ def decode_states(base: StateBase, samples: Sequence[Sample]) -> Iterator[Rows]:
 
 
 class StreamedStates:
-    """States that are never kept: extracted whenever they are read (`--cache off`)."""
+    """States that are never kept: extracted whenever they are read (`--cache off`).
+
+    One thread, the only one that uses the base, extracts a few groups ahead of their reader. Close before the base.
+    """
 
     def __init__(self, base: StateBase, samples: list[Sample]) -> None:
         self.base, self.samples = base, samples
         self._told: set[int] = set()
+        self._worker = ThreadPoolExecutor(1)
+        self._stop = threading.Event()
 
     def read(self, order: Sequence[int], since: int = 0) -> Iterator[Tensor | None]:
-        """See States.read. No more than one group of samples is held at a time."""
-        for start in range(since - since % STREAM_GROUP, len(order), STREAM_GROUP):
-            group = order[start : start + STREAM_GROUP]
-            blocks = [block.copy() for block in decode_states(self.base, [self.samples[i] for i in group])]
-            rows = np.concatenate(blocks)
-            at = 0
-            for place, i in enumerate(group, start):
-                states = rows[at : at + len(self.samples[i].tokens)]
-                at += len(states)
-                good = bool(np.isfinite(states).all())
-                if not good and i not in self._told:
-                    self._told.add(i)
-                    click.echo(f"sample {self.samples[i].name}: its states hold NaN or Inf; not trained on", err=True)
-                if place >= since:
-                    yield torch.from_numpy(states) if good else None
+        """See States.read. No more than AHEAD + 1 groups of samples are held at a time."""
+        stop = self._stop = threading.Event()
+        groups: collections.deque[Future[Rows]] = collections.deque()
+        starts = range(since - since % STREAM_GROUP, len(order), STREAM_GROUP)
+        try:
+            for number, start in enumerate(starts):
+                for ahead in starts[number + len(groups) : number + 1 + AHEAD]:
+                    groups.append(self._worker.submit(self._extract, order[ahead : ahead + STREAM_GROUP], stop))
+                rows, at = groups.popleft().result(), 0
+                for place, i in enumerate(order[start : start + STREAM_GROUP], start):
+                    states = rows[at : at + len(self.samples[i].tokens)]
+                    at += len(states)
+                    if place >= since:
+                        yield self._checked(i, states)
+        finally:
+            stop.set()
+            for group in groups:
+                group.cancel()
+
+    def close(self) -> None:
+        """End the thread, within a batch."""
+        self._stop.set()
+        self._worker.shutdown(cancel_futures=True)
+
+    def _extract(self, group: Sequence[int], stop: threading.Event) -> Rows:
+        """Return a group's states, one sample after the other; nobody waits for them once `stop` is set."""
+        blocks = []
+        for block in decode_states(self.base, [self.samples[i] for i in group]):
+            blocks.append(block.copy())
+            if stop.is_set():
+                break
+        return np.concatenate(blocks)
+
+    def _checked(self, i: int, states: Rows) -> Tensor | None:
+        if np.isfinite(states).all():
+            return torch.from_numpy(states)
+        if i not in self._told:
+            self._told.add(i)
+            click.echo(f"sample {self.samples[i].name}: its states hold NaN or Inf; not trained on", err=True)
+        return None

@@ -11,8 +11,8 @@ import yaml
 from model.errors import UsageError
 
 
-def _option(default: Any, meaning: str, least: float | None = None) -> Any:
-    return field(default=default, metadata={"help": meaning, "least": least})
+def _option(default: Any, meaning: str, least: float | None = None, below: float | None = None) -> Any:
+    return field(default=default, metadata={"help": meaning, "least": least, "below": below})
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TrainOptions:
     gradient_accumulation_steps: int = _option(1, "Batches per step of the optimiser.", 1)
     output_dir: str = _option("", "Where heads go; default: a folder for the model below medusa_heads_weights/.")
     resume_from: str = _option("", "Go on with the run in this folder; its options are taken over.")
-    val_fraction: float = _option(0.05, "Share of the documents that is validated on.", 0)
+    val_fraction: float = _option(0.05, "Share of the documents that is validated on.", 0, 1)
     seed: int = _option(0, "Decides order and validation split.", 0)
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "Where heads are trained.")
     cache: Literal["on", "off"] = _option("on", "off: states are never kept, but extracted anew in each epoch.")
@@ -57,7 +57,10 @@ FREE_TO_CHANGE = {
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return the options of a YAML file. Raises UsageError for what is no mapping, and for unknown keys."""
+    """Return the options of a YAML file, in which on and off are booleans.
+
+    Raises UsageError for what is no mapping, and for unknown keys.
+    """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except OSError as error:
@@ -70,7 +73,7 @@ def read_config(path: Path) -> dict[str, Any]:
     unknown = sorted(str(key) for key in values if key not in known)
     if unknown:
         raise UsageError(f"--config {path}: unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
-    return values
+    return {key: ("on" if value else "off") if isinstance(value, bool) else value for key, value in values.items()}
 
 
 def changed_options(old: dict[str, Any], new: TrainOptions) -> list[str]:

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from model.base.whole_file import whole_file
 from model.errors import OutputError
-from model.training.storage import write_whole
 
 
 class Record:
@@ -19,7 +19,8 @@ class Record:
 
         self._path, self._folder = folder / "metrics.jsonl", folder
         self.lines = [line for line in _read(self._path) if line["step"] <= until_step]
-        write_whole(self._path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        with whole_file(self._path) as draft:
+            draft.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         try:
             self._file = self._path.open("a", encoding="utf-8")
             self._board: Any = SummaryWriter(str(folder / "runs"), purge_step=until_step + 1)
@@ -42,8 +43,6 @@ class Record:
 
     def draw(self) -> None:
         """Draw loss and accuracy curves as `training.png`."""
-        import io
-
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(11, 4), layout="constrained")
@@ -62,9 +61,8 @@ class Record:
         loss.set(xlabel="step", ylabel="loss, weighted sum of heads", title="loss")
         accuracy.set(xlabel="step", ylabel="share right", ylim=(0, 1), title="validation accuracy")
         loss.legend()
-        data = io.BytesIO()
-        figure.savefig(data, format="png", dpi=110)
-        write_whole(self._folder / "training.png", data.getvalue())
+        with whole_file(self._folder / "training.png") as draft:
+            figure.savefig(draft, format="png", dpi=110)
 
     def close(self) -> None:
         """Close the files."""

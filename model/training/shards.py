@@ -17,8 +17,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from model.base.whole_file import whole_file
 from model.training.extraction import Rows
-from model.training.storage import write_whole
 from model.training.text import Sample
 
 SHARD_BYTES = 64 << 20
@@ -105,5 +105,6 @@ class ShardBuilder:
             )
         data = safetensors.torch.save(self.tensors)
         self.shard.sha256 = hashlib.sha256(data).hexdigest()
-        write_whole(folder / self.shard.file, data)
+        with whole_file(folder / self.shard.file) as draft:
+            draft.write_bytes(data)
         return self.shard

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from model.base.whole_file import whole_file
 from model.errors import DataError, OutputError
 from model.training.extraction import StateBase, decode_states
 from model.training.shards import SHARD_BYTES, Shard, ShardBuilder, plan_shards
-from model.training.storage import WriterLock, require_writable, write_whole
+from model.training.storage import WriterLock, require_writable
 from model.training.text import Sample
 
 QUEUE = 8  # batches that may wait for the writer
@@ -44,6 +45,7 @@ class CacheKey:
     data_sha256: str
     max_length: int
     dtype: str
+    kv_type: str = "f16"
 
     def folder_name(self) -> str:
         """Return a short name that is different for each key."""
@@ -112,6 +114,8 @@ def cached_states(
     shards = plan_shards(samples, row_bytes, shard_bytes)
     require_room(folder, row_bytes * sum(shard.n_tokens for shard in shards))
     with WriterLock(folder):
+        for left in folder.glob(".states-*"):  # half a shard, where a process was killed
+            left.unlink()
         _recall(folder, key, shards)
         manifest = {
             "format_version": 1, "key": asdict(key), "data_source": data_source, "dim": dim, "samples": len(samples),
@@ -164,7 +168,8 @@ def _extract(
     def finish(builder: ShardBuilder) -> None:
         builder.finish(folder, samples)
         finished = [asdict(shard) for shard in shards if shard.sha256]
-        write_whole(folder / "manifest.json", (json.dumps({**manifest, "shards": finished}) + "\n").encode())
+        with whole_file(folder / "manifest.json") as draft:
+            draft.write_text(json.dumps({**manifest, "shards": finished}) + "\n", encoding="utf-8")
 
     with open_base() as base, ThreadPoolExecutor(1) as writer, bar:
         try:

@@ -1,32 +1,13 @@
-"""Files that matter: written whole or not at all, by one process at a time. Knows nothing of what is in them."""
+"""Folders that runs write to: can they be, and by one process at a time. Knows nothing of what is in them."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 
 from model.errors import DataError, OutputError
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is there whole or not at all; raises OutputError."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise OutputError(
-            f"{path}: cannot be written ({error.strerror}); choose another folder or make room"
-        ) from error
 
 
 def require_writable(folder: Path) -> None:
@@ -51,18 +32,14 @@ class WriterLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._path.open("a+", encoding="ascii")
         except OSError as error:
-            raise OutputError(
-                f"{self._path}: cannot be written ({error.strerror}); choose another --cache_dir"
-            ) from error
+            raise OutputError(f"{self._path}: cannot be written ({error.strerror}); choose another folder") from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self._file.seek(0)
             holder = self._file.read().strip() or "unknown"
             self._file.close()
-            raise DataError(
-                f"{self._path.parent}: process {holder} is writing states there; wait or stop it"
-            ) from error
+            raise DataError(f"{self._path.parent}: process {holder} is writing there; wait or stop it") from error
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()

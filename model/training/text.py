@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
+import click
 import numpy as np
 import numpy.typing as npt
 
@@ -49,15 +50,21 @@ def make_samples(
     """Tokenize documents and cut them into windows of at most max_length tokens.
 
     Each window begins with the model's begin mark where it has one; of a conversation only the
-    assistant's tokens are targets. max_tokens: stop there (0: take all). Raises DataError when nothing is left.
+    assistant's tokens are targets. max_tokens: stop there (0: take all). Records that cannot be used, or that the
+    template refuses, are skipped and counted in one line. Raises DataError when nothing is left.
     """
     samples: list[Sample] = []
+    skipped: list[str] = []  # where and why
     encode = _encoder(tokenizer)
     first = tokenizer.tokenize("", add_bos=True)[:1]
     bos = first[first == tokenizer.bos]
     budget = max_tokens
     for number, document in enumerate(documents):
-        parts = template.segments(list(document.messages)) if document.messages else [Segment(document.text, True)]
+        try:
+            parts = _parts(document, template)
+        except DataError as error:
+            skipped.append(f"{document.name}: {error}")
+            continue
         rows = [encode(part.text, bool(document.messages), i > 0) for i, part in enumerate(parts)]
         tokens = np.concatenate([np.empty(0, np.int32), *rows])
         mask = np.repeat([part.answer for part in parts], [len(row) for row in rows]).astype(np.bool_)
@@ -78,9 +85,20 @@ def make_samples(
             budget -= len(whole)
         if max_tokens and budget < 3:
             break
+    told = f"records skipped: {len(skipped):,}; the first, {skipped[0]}" if skipped else ""
     if not samples:
-        raise DataError("the data set is empty: not one text of three tokens or more that could be learnt")
+        why = f" ({told})" if told else ""
+        raise DataError(f"the data set is empty: not one text of three tokens or more that could be learnt{why}")
+    if told:
+        click.echo(told, err=True)
     return samples
+
+
+def _parts(document: Document, template: ChatTemplate) -> list[Segment]:
+    """Cut a document into what is given and what is to be learnt. Raises DataError where it cannot be used."""
+    if document.problem:
+        raise DataError(document.problem)
+    return template.segments(list(document.messages)) if document.messages else [Segment(document.text, True)]
 
 
 def _encoder(tokenizer: Tokenizer) -> Callable[[str, bool, bool], npt.NDArray[np.int32]]:

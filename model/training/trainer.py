@@ -61,11 +61,9 @@ def heads_loss(heads: MedusaHeads, states: Tensor, targets: Tensor) -> Tensor:
     if config.lm_head == "tied":  # one product for all heads
         flat = hidden.reshape(-1, config.dim)
         return linear_cross_entropy(flat, heads.lm_head, wanted.reshape(-1), weights.reshape(-1), **scale)
-    losses = [
-        linear_cross_entropy(hidden[k], heads.lm_head_weight(k), wanted[k], weights[k], **scale)
-        for k in range(config.k_heads)
-    ]
-    return torch.stack(losses).sum()
+    # Unbound, not indexed: the gradient of an index is as large as all heads' matrices together, for each head.
+    each = zip(hidden.unbind(0), heads.lm_head.unbind(0), wanted, weights, strict=True)
+    return torch.stack([linear_cross_entropy(h, w, t, s, **scale) for h, w, t, s in each]).sum()
 
 
 def learning_rate(step: int, total: int, peak: float) -> float:
