@@ -64,7 +64,9 @@ class Settings(BaseSettings):
     n_threads: int = Field(default_factory=usable_cores, ge=1, le=512, description="Threads for every computation")
     use_mmap: bool = Field(default=True, description="Map the file into memory instead of reading it")
     use_mlock: bool = Field(default=False, description="Keep the model from being swapped out")
-    flash_attention: Literal["auto", "on", "off"] = Field(default="auto", description="llama.cpp's flash attention")
+    flash_attention: Literal["auto", "on", "off"] = Field(
+        default="auto", description="Flash attention; `auto`: on a GPU, and for a quantized KV cache"
+    )
     kv_type: Literal["f32", "f16", "bf16", "q8_0", "q4_0"] = Field(
         default="f16", description="Number type of the KV cache; `q8_0` and `q4_0` need flash attention"
     )

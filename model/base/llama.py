@@ -152,6 +152,8 @@ class LlamaBase:
         params.n_seq_max, params.kv_unified, params.swa_full = n_seq_max, True, True
         params.n_threads = params.n_threads_batch = n_threads
         params.embeddings, params.pooling_type = embeddings, llama_cpp.LLAMA_POOLING_TYPE_NONE
+        if flash_attn is None and kv_type not in QUANTIZED_KV and not llama_cpp.llama_supports_gpu_offload():
+            flash_attn = False  # on a CPU it doubles the time of a step at 300 tokens (benchmarks/results/NOTES.md)
         params.flash_attn_type = -1 if flash_attn is None else int(flash_attn)
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.no_perf = True
