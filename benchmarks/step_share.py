@@ -89,7 +89,9 @@ def main(layers: int, tokens: int, texts: int) -> None:
         write_random(Path(folder) / "random.gguf", layers)
         model = LlamaModel(Path(folder) / "random.gguf")
         for vocab in (0, 4096):
-            drafter = MedusaDrafter(heads, n_heads=3, ranks=1, draft_vocab=vocab, token_counts=np.ones(V, np.int32))
+            drafter = MedusaDrafter(
+                heads, n_heads=3, ranks=1, draft_vocab=vocab, token_counts=np.ones(V, np.int32), n_threads=threads
+            )
             for temperature in (0.0, 0.8):
                 shares: list[list[float]] = []
                 with LlamaBase(model, n_ctx=512, n_threads=threads, embeddings=True) as base:

@@ -155,6 +155,7 @@ class Engine:
             ranks=tree.n_ranks,
             draft_vocab=draft_vocab,
             token_counts=self.heads_facts["token_counts"],
+            n_threads=self.options.n_threads,
         )
 
     def base(
