@@ -93,12 +93,13 @@ def pick_tree(engine: Engine, text: str, sampling: SamplingParams, draft_vocab: 
             draft_vocab,
         )
     )
-    if key not in recall("trees"):
+    known = recall("trees").get(key)
+    if known is None:
         click.echo("measuring which draft pays here (once for this model, heads and machine) ...", err=True)
         best = choose_tree(engine, trial_requests(engine, sampling), draft_vocab=draft_vocab)[0].tree
         remember("trees", key, best.max_depth)
         return best
-    return Tree.chain(recall("trees")[key])
+    return Tree.chain(known)
 
 
 def trial_requests(engine: Engine, sampling: SamplingParams) -> list[Request]:
@@ -177,9 +178,8 @@ def generate(
             click.echo(piece, nl=False)
     click.echo("" if stream else "".join(text))
     stats = generation.slot.stats
-    spent = stats.draft_s + stats.decode_s + stats.verify_s + stats.other_s
     click.echo(
-        f"{len(generation.tokens)} tokens, {len(generation.tokens) / spent:.1f} tokens/s, acceptance length "
+        f"{len(generation.tokens)} tokens, {len(generation.tokens) / stats.seconds:.1f} tokens/s, acceptance length "
         f"{stats.acceptance_length:.2f}, tree of {len(tree)} nodes, {generation.finish_reason}",
         err=True,
     )

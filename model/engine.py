@@ -78,9 +78,8 @@ class Decoder:
         """Write a whole text; return it and the seconds from the end of the prompt to the end of the text."""
         generation = self.start(request)
         pieces = iter(generation)
-        first = generation.slot.stats
         next(pieces)  # the prompt and the first step
-        since = perf_counter() - first.draft_s - first.decode_s - first.verify_s - first.other_s
+        since = perf_counter() - generation.slot.stats.seconds
         for _ in pieces:
             pass
         return generation, perf_counter() - since
@@ -96,7 +95,6 @@ class Engine:
             path, n_gpu_layers=options.n_gpu_layers, use_mmap=options.use_mmap, use_mlock=options.use_mlock
         )
         self.context = options.context_size or min(self.model.n_ctx_train, 4096)
-        self._named = weights
         self.weights = weights or find_heads(heads_folder, self.file)
 
     @cached_property

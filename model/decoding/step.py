@@ -63,6 +63,11 @@ class Stats:
             self.accepted[d] += d < depth
 
     @property
+    def seconds(self) -> float:
+        """Time spent in steps."""
+        return self.draft_s + self.decode_s + self.verify_s + self.other_s
+
+    @property
     def acceptance_length(self) -> float:
         """Tokens per step; plain decoding has 1.0."""
         return self.emitted / self.steps if self.steps else 0.0
