@@ -159,7 +159,7 @@ def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
         from model.training.extraction import open_base, decode_states
         def slowly(base, samples):
             for block in decode_states(base, samples):
-                time.sleep(0.05)
+                time.sleep(0.4)
                 yield block
         states.decode_states = slowly
         model = LlamaModel({str(foreign_gguf)!r})
