@@ -24,13 +24,14 @@ MAX_LEAVES = 256  # one sequence id per leaf, and llama.cpp has 256
 class Tree:
     """The topology of one draft: N nodes with the root, in order of depth.
 
+    in_order: the paths begin with the root, stand behind their parents, and keep their order.
     parents, depths, ranks: (N,) int32; the root has parent -1, depth 0 and rank 0. leaves: (L,) int32.
     Raises UsageError for a gap, a duplicate, a negative rank or more than 256 leaves.
     """
 
-    def __init__(self, paths: Iterable[Sequence[int]]) -> None:
+    def __init__(self, paths: Iterable[Sequence[int]], *, in_order: bool = False) -> None:
         listed = [tuple(int(r) for r in p) for p in paths]
-        nodes = [(), *sorted(set(listed) - {()}, key=lambda p: (len(p), p))]
+        nodes = listed if in_order else [(), *sorted(set(listed) - {()}, key=lambda p: (len(p), p))]
         if len(nodes) != len(listed) + (() not in listed):
             twice = next(p for p in listed if listed.count(p) > 1)
             raise UsageError(f"tree: the path {list(twice)} is given twice")
@@ -42,6 +43,7 @@ class Tree:
                 raise UsageError(f"tree: the path {list(p)} has no parent {list(p[:-1])}")
         self.paths: tuple[RankPath, ...] = tuple(nodes)
         self._flat: dict[int, list[int]] = {}
+        self._branches: dict[tuple[int, int], Tree] = {}
         self.parents: Int32Array = np.array([-1] + [index[p[:-1]] for p in nodes[1:]], np.int32)
         self.depths: Int32Array = np.array([len(p) for p in nodes], np.int32)
         self.ranks: Int32Array = np.array([p[-1] if p else 0 for p in nodes], np.int32)
@@ -85,6 +87,16 @@ class Tree:
         if ranks not in self._flat:
             self._flat[ranks] = ((self.depths[1:] - 1) * ranks + self.ranks[1:]).tolist()
         return self._flat[ranks]
+
+    def with_branch(self, node: int, length: int) -> Tree:
+        """Return the tree with a chain of so many more nodes under a node; they stand behind all others."""
+        if not length:
+            return self
+        if (node, length) not in self._branches:
+            rank = 1 + max((self.paths[child][-1] for child in self.children[node]), default=-1)
+            branch = [(*self.paths[node], rank, *(0,) * more) for more in range(length)]
+            self._branches[node, length] = Tree([*self.paths, *branch], in_order=True)
+        return self._branches[node, length]
 
     def path_to(self, node: int) -> list[int]:
         """Return the nodes from the root to a node, both included."""
