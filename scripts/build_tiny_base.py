@@ -13,9 +13,11 @@ import json
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import click
+import gguf
 import numpy as np
 import sentencepiece as spm
 import torch
@@ -27,9 +29,10 @@ from tiny_llama import TinyConfig, TinyLlama, write_gguf  # noqa: E402
 
 from model.base.gguf_file import requantize  # noqa: E402
 from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.whole_file import whole_file  # noqa: E402
 from model.training.documents import standard_library  # noqa: E402
 
-PHASES = ((0.6, (16, 256)), (0.85, (16, 512)), (1.0, (8, 1024)))  # until this share of the time: batch, window
+PHASES = ((0.2, (16, 256)), (0.8, (16, 512)), (1.0, (8, 1024)))  # until this share of the time: batch, window
 
 
 def train_tokenizer(texts: list[str], out: Path, vocab: int) -> spm.SentencePieceProcessor:
@@ -90,14 +93,25 @@ def optimisers(model: TinyLlama, lr: float) -> list[torch.optim.Optimizer]:
     ]
 
 
-def train(model: TinyLlama, data: Tensor, valid: Tensor, minutes: float, lr: float) -> None:
-    """Train for a span of time: warm-up, a flat part, and a linear way down to zero.
+def load_weights(model: TinyLlama, path: Path) -> None:
+    """Take the weights of an F32 GGUF that this script wrote."""
+    tensors = gguf.GGUFReader(path).tensors
+    model.load_state_dict({t.name: torch.from_numpy(t.data.copy()) for t in tensors})
+
+
+def train(model: TinyLlama, data: Tensor, valid: Tensor, minutes: float, lr: float, save: Callable[[], None]) -> None:
+    """Train for a span of time: warm-up, a flat part, and a linear way down to zero; `save` now and then.
 
     Short windows and small batches first (most steps per minute), long windows at the end.
     In F32: without AMX, bf16 matrix products are slower on CPUs (165 against 290 GFLOP/s on two cores).
+    The loss is compiled with the model: at 8,192 tokens a step that saves 30 % (2.5 s instead of 3.6 on two cores).
     """
     opts = optimisers(model, lr)
-    forward = torch.compile(model, dynamic=False)
+
+    def next_token_loss(rows: Tensor) -> Tensor:
+        return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
+
+    loss_of = torch.compile(next_token_loss, dynamic=False)
     start, step, seen, running = time.monotonic(), 0, 0, 0.0
     rng = np.random.default_rng(0)
     shape, order, at = (0, 0), np.empty(0, np.int64), 0
@@ -112,8 +126,7 @@ def train(model: TinyLlama, data: Tensor, valid: Tensor, minutes: float, lr: flo
         for opt in opts:
             for group in opt.param_groups:
                 group["lr"] = lr * scale
-        logits = forward(rows[:, :-1])
-        loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+        loss = loss_of(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
@@ -124,6 +137,8 @@ def train(model: TinyLlama, data: Tensor, valid: Tensor, minutes: float, lr: flo
         if step % 50 == 0:
             rate = seen / (time.monotonic() - start)
             note = f"  held-out {held_out_loss(model, valid[:32_769]):.3f}" if step % 400 == 0 else ""
+            if note:
+                save()
             print(f"{done:6.1%}  step {step}  loss {running:.3f}  {rate:,.0f} tokens/s{note}", flush=True)
 
 
@@ -132,24 +147,39 @@ def train(model: TinyLlama, data: Tensor, valid: Tensor, minutes: float, lr: flo
 @click.option("--lr", default=5e-3, help="Peak learning rate.")
 @click.option("--threads", default=2, help="Threads to train with.")
 @click.option("--vocab", default=4096, help="Pieces of the tokenizer.")
+@click.option(
+    "--start", type=click.Path(path_type=Path, exists=True), help="Go on from this F32 GGUF (and its tokenizer)."
+)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/tiny-python"))
-def main(minutes: float, lr: float, threads: int, vocab: int, out: Path) -> None:
+def main(minutes: float, lr: float, threads: int, vocab: int, start: Path | None, out: Path) -> None:
     """Train the bundled base model from scratch."""
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
     learn = [document.text for document in standard_library()]
     held = [(document.name, document.text) for document in standard_library(held=True)]
-    sp = train_tokenizer(learn, out, vocab)
+    if start:
+        sp = spm.SentencePieceProcessor(model_file=str(start.parent / "tokenizer.model"))
+        (out / "tokenizer.model").write_bytes(sp.serialized_model_proto())
+    else:
+        sp = train_tokenizer(learn, out, vocab)
     data, valid = encode(sp, learn), encode(sp, [text for _, text in held])
     held_bytes = sum(len(text.encode()) for _, text in held)
-    model = TinyLlama(TinyConfig(vocab=vocab))
+    model = TinyLlama(TinyConfig(vocab=sp.vocab_size()))
+    if start:
+        load_weights(model, start)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{len(learn)} files, {len(data):,} tokens; held out {len(held)}, {len(valid):,}; {n_params:,} parameters")
-    train(model, data, valid, minutes, lr)
+    f32 = out / "tiny-python-f32.gguf"
+
+    def save() -> None:
+        with whole_file(f32) as new:
+            write_gguf(new, model, sp, "tiny-python")
+
+    train(model, data, valid, minutes, lr, save)
+    save()
     nats = held_out_loss(model, valid)
-    write_gguf(out / "tiny-python-f32.gguf", model, sp, "tiny-python")
-    requantize(out / "tiny-python-f32.gguf", out / "tiny-python.Q4_0.gguf", "Q4_0")
+    requantize(f32, out / "tiny-python.Q4_0.gguf", "Q4_0")
     facts = {
         "python": sys.version.split()[0],
         "parameters": n_params,
