@@ -1,4 +1,4 @@
-"""The command line: generate, bench, verify, demo. Settings come from environment variables (config.py)."""
+"""The command line: generate, bench, tune, verify, demo. Settings come from environment variables (config.py)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import sys
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would fight llama.cpp's (DESIGN: 8 times slower)
 
 import logging
-import platform
 from dataclasses import asdict, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +16,12 @@ import click
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from config import HEADS_FOLDER, ROOT, Settings
-from model.base.remember import recall, remember
 from model.decoding.generation import Request
-from model.decoding.planning import ROOT_ONLY
 from model.decoding.sampling import SamplingParams
-from model.engine import Engine, EngineOptions
+from model.engine import Decoder, Engine, EngineOptions
 from model.errors import MedusaError, UsageError
 from model.measuring.report import check_writable, facts, read_prompts, table, write_json
+from model.measuring.tuning import BRANCH, Tuning, live_decoder, tuned
 from model.trees.tree import Tree
 
 PROMPTS = ROOT / "benchmarks" / "prompts"
@@ -71,35 +68,38 @@ def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
     return Engine(settings.model_path, options, weights or settings.medusa_weights_path, HEADS_FOLDER)
 
 
-def pick_tree(engine: Engine, text: str, sampling: SamplingParams, draft_vocab: int) -> Tree:
-    """Read --tree; `auto` times chains on this machine and keeps the best, or none, once per model and heads."""
-    from model.measuring.speed import choose_tree
-
-    if text != "auto":
-        return engine.check_tree(Tree.parse(text))
-    n_heads = engine.n_heads  # raises where heads are missing
-    assert engine.weights is not None
-    key = " ".join(
-        str(part)
-        for part in (
-            engine.file.file_fingerprint(),
-            engine.weights,
-            engine.weights.stat().st_mtime_ns,
-            n_heads,
-            engine.options,
-            version("llama-cpp-python"),
-            platform.node(),
-            sampling.temperature > 0,
-            draft_vocab,
-        )
+def tune_engine(engine: Engine, sampling: SamplingParams, draft: str, draft_vocab: int) -> Tuning:
+    """Return what this machine's steps cost and its guesses win: measured once for model, heads and machine."""
+    return tuned(
+        engine,
+        trial_requests(engine, sampling),
+        heads=draft in ("medusa", "both"),
+        draft_vocab=draft_vocab,
+        told=lambda: click.echo("measuring what pays here (once for this model, heads and machine) ...", err=True),
     )
-    known = recall("trees").get(key)
-    if known is None:
-        click.echo("measuring which draft pays here (once for this model, heads and machine) ...", err=True)
-        best = choose_tree(engine, trial_requests(engine, sampling), draft_vocab=draft_vocab)[0].tree
-        remember("trees", key, best.max_depth)
-        return best
-    return Tree.chain(known)
+
+
+def open_decoder(
+    engine: Engine, sampling: SamplingParams, *, tree_text: str, draft: str, plan: str, draft_vocab: int
+) -> Decoder:
+    """Make the decoder that the options ask for.
+
+    draft "auto": from the text so far and, where the model has heads, with them; a tree that is given is drafted by
+    the heads alone. plan "live": what pays now; "fixed": the same tree in every step, so that runs can be repeated.
+    """
+    if draft == "auto":
+        draft = "medusa" if tree_text != "auto" else "both" if engine.weights is not None else "ngram"
+    branch = min(BRANCH, engine.options.max_nodes - 1) if draft in ("ngram", "both") else 0
+    if draft == "none":
+        return engine.decoder()
+    if tree_text != "auto":
+        tree = engine.check_tree(Tree.parse(tree_text))
+        return engine.decoder(tree, branch=branch, draft_vocab=draft_vocab)
+    tuning = tune_engine(engine, sampling, draft, draft_vocab)
+    if plan == "live":
+        return live_decoder(engine, tuning, ngrams=branch > 0, draft_vocab=draft_vocab)
+    best = max(tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes), key=lambda c: c.tokens_per_s)
+    return engine.decoder(best.tree, branch=branch, draft_vocab=draft_vocab)
 
 
 def trial_requests(engine: Engine, sampling: SamplingParams) -> list[Request]:
@@ -117,6 +117,18 @@ sampling_options = [
         default="auto",
         help="Chain length (4), widths (2,2,1), a JSON file of rank "
         "paths, or auto: what pays on this machine, possibly nothing.",
+    ),
+    click.option(
+        "--draft",
+        type=click.Choice(["auto", "medusa", "ngram", "both", "none"]),
+        default="auto",
+        help="Who drafts: the heads, the text so far, both, nobody; auto: whoever is there.",
+    ),
+    click.option(
+        "--plan",
+        type=click.Choice(["live", "fixed"]),
+        default="live",
+        help="With an auto tree: adapt it while writing, or keep it, so that runs can be repeated.",
     ),
     click.option(
         "--draft_vocab", default=0, type=click.IntRange(0), help="Draft the N most frequent tokens only; 0: all."
@@ -146,31 +158,24 @@ def with_sampling(command: Any) -> Any:
 @click.option("--top_k", default=0)
 @click.option("--seed", default=0)
 @click.option("--stop", multiple=True, help="End the text before this string; may be given several times.")
-@click.option("--draft", type=click.Choice(["medusa", "none"]), help="Without it: medusa where the model has heads.")
 @click.option("--stream", is_flag=True, help="Print the text as it is written.")
 def generate(
     prompt: str,
     max_tokens: int,
     temperature: float,
-    tree_text: str,
-    draft_vocab: int,
     top_p: float,
     top_k: int,
     seed: int,
     stop: tuple[str, ...],
-    draft: str | None,
     stream: bool,
+    **drafting: Any,
 ) -> None:
     """Continue PROMPT."""
     sampling = SamplingParams(temperature, top_k, top_p, seed)
     engine = open_engine(Settings.load())
     request = engine.request(prompt, max_tokens, sampling=sampling, stop=stop)
-    if draft is None and engine.weights is None:
-        click.echo(f"no heads for {engine.file.name}: plain decoding", err=True)
-    tree = ROOT_ONLY
-    if draft == "medusa" or (draft is None and engine.weights is not None):
-        tree = pick_tree(engine, tree_text, sampling, draft_vocab)
-    generation = engine.decoder(tree, draft_vocab=draft_vocab).start(request)
+    decoder = open_decoder(engine, sampling, **drafting)
+    generation = decoder.start(request)
     text = []
     for piece in generation:
         text.append(piece)
@@ -180,7 +185,8 @@ def generate(
     stats = generation.slot.stats
     click.echo(
         f"{len(generation.tokens)} tokens, {len(generation.tokens) / stats.seconds:.1f} tokens/s, acceptance length "
-        f"{stats.acceptance_length:.2f}, tree of {len(tree)} nodes, {generation.finish_reason}",
+        f"{stats.acceptance_length:.2f}, {sum(stats.drafted) / max(stats.steps, 1):.1f} nodes drafted a step, "
+        f"{generation.finish_reason}",
         err=True,
     )
 
@@ -194,10 +200,9 @@ def bench(
     prompts: Path,
     max_tokens: int,
     temperature: float,
-    tree_text: str,
-    draft_vocab: int,
     runs: int,
     json_path: Path | None,
+    **drafting: Any,
 ) -> None:
     """Time plain decoding and Medusa in turn, in one process."""
     from model.measuring.speed import compare
@@ -208,10 +213,10 @@ def bench(
     requests = [
         engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(read_prompts(prompts))
     ]
-    tree = pick_tree(engine, tree_text, sampling, draft_vocab)
-    result = compare(engine, requests, tree, runs=runs, draft_vocab=draft_vocab)
+    with open_decoder(engine, sampling, **drafting) as medusa:
+        result = compare(engine, requests, medusa, runs=runs)
     del result["text_pairs"]
-    result |= {"temperature": temperature, "max_tokens": max_tokens, "runs": runs, "draft_vocab": draft_vocab}
+    result |= {"temperature": temperature, "max_tokens": max_tokens, "runs": runs, **drafting}
     click.echo(table([result]))
     for d in result["divergences"]:
         click.echo(f"prompt {d['prompt']} parts from the plain text at token {d['position']}, by {d['margin']:.4f}")
@@ -275,7 +280,7 @@ def bushy_tree(engine: Engine) -> Tree:
 @click.option("--n_prompts", default=12, type=click.IntRange(1), help="Held-out prompts to write for.")
 def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
     """Train heads for the bundled model from scratch and watch what they bring."""
-    from model.measuring.speed import choose_tree, compare
+    from model.measuring.speed import compare
     from model.train_medusa import train
     from model.training.options import TrainOptions
 
@@ -302,14 +307,9 @@ def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
     results = []
     for temperature in (0.0, 0.8):
         sampling = SamplingParams(temperature)
-        tried = choose_tree(engine, trial_requests(engine, sampling))
-        told = ", ".join(
-            f"{t.tree.max_depth or 'no'} draft{'s' * (t.tree.max_depth != 1)} {t.speedup:.2f}x"
-            for t in sorted(tried, key=lambda t: len(t.tree))
-        )
-        click.echo(f"   tried at temperature {temperature}: {told}")
         requests = [engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(texts)]
-        results.append({"temperature": temperature, **compare(engine, requests, tried[0].tree)})
+        with live_decoder(engine, tune_engine(engine, sampling, "both", 0), ngrams=True) as medusa:
+            results.append({"temperature": temperature, **compare(engine, requests, medusa)})
     click.echo("\n" + table(results))
     plain, medusa = results[0]["text_pairs"][0]
     click.echo(f"\nThe first text, {'the same both ways' if plain == medusa else 'which parts at a near-tie'}:\n")

@@ -19,7 +19,7 @@ from model.base.lm_head import check_lm_head
 from model.base.load_check import check_loads
 from model.decoding.drafting import Drafter
 from model.decoding.generation import Generation, Request
-from model.decoding.planning import ROOT_ONLY, FixedPlan
+from model.decoding.planning import ROOT_ONLY, FixedPlan, Plan
 from model.errors import HeadsError, ModelFileError, UsageError
 from model.trees.tree import Tree
 
@@ -46,12 +46,13 @@ class EngineOptions:
 
 @dataclass
 class Decoder:
-    """One way to decode: a context, a tree, and a drafter or none."""
+    """One way to decode: a context, a plan, a drafter or none, drafts from the text so far or none."""
 
     base: LlamaBase
-    plan: FixedPlan
+    plan: Plan
     drafter: Drafter | None
     context: int
+    ngrams: bool = False
 
     def __enter__(self) -> Decoder:
         return self
@@ -71,6 +72,7 @@ class Decoder:
             context=self.context,
             plan=self.plan,
             drafter=self.drafter,
+            ngrams=self.ngrams,
             keep_logits=keep_logits,
         )
 
@@ -142,45 +144,55 @@ class Engine:
             raise UsageError(f"the tree uses rank {tree.n_ranks - 1}, the vocabulary has {self.file.n_vocab} tokens")
         return tree
 
-    def drafter(self, tree: Tree, draft_vocab: int = 0) -> Drafter:
-        """Make the heads' drafter for a tree."""
+    def drafter(self, tree: Tree, draft_vocab: int = 0, *, ranks: int = 0) -> Drafter:
+        """Make the heads' drafter for a tree. ranks: guesses per head; 0: as many as the tree uses."""
         from model.heads.drafter import MedusaDrafter
 
         self.check_tree(tree)
         return MedusaDrafter(
             self.heads,
             n_heads=tree.max_depth,
-            ranks=tree.n_ranks,
+            ranks=ranks or tree.n_ranks,
             draft_vocab=draft_vocab,
             token_counts=self.heads_facts["token_counts"],
             n_threads=self.options.n_threads,
         )
 
     def base(
-        self, tree: Tree = ROOT_ONLY, kind: type[LlamaBase] = LlamaBase, *, sequences: int = 0, context: int = 0
+        self, plan: Plan | None = None, kind: type[LlamaBase] = LlamaBase, *, sequences: int = 0, context: int = 0
     ) -> LlamaBase:
-        """Make a context: for the root alone as plain decoding has it, otherwise with lanes and states.
+        """Make a context: as plain decoding has it, or with lanes for all that a plan may draft.
 
-        sequences: how many ids there are; 0: as many as the tree has leaves. context: tokens; 0: as the settings say.
+        sequences: how many ids there are; 0: as many as the plan has lanes. context: tokens; 0: as the settings say.
         """
-        o, drafting = self.options, len(tree) > 1
+        o, nodes = self.options, plan.max_nodes if plan else 1
         return kind(
             self.model,
-            n_ctx=(context or self.context) + (len(tree) if drafting else 0),
+            n_ctx=(context or self.context) + (nodes if nodes > 1 else 0),
             n_threads=o.n_threads,
-            n_seq_max=sequences or len(tree.leaves),
-            embeddings=drafting,
+            n_seq_max=sequences or (plan.lanes if plan else 1),
+            embeddings=nodes > 1,
             flash_attn=o.flash_attn,
             kv_type=o.kv_type,
         )
 
     def decoder(
-        self, tree: Tree = ROOT_ONLY, drafter: Drafter | None = None, *, draft_vocab: int = 0, context: int = 0
+        self,
+        tree: Tree = ROOT_ONLY,
+        drafter: Drafter | None = None,
+        *,
+        branch: int = 0,
+        draft_vocab: int = 0,
+        context: int = 0,
     ) -> Decoder:
-        """Make a decoder for a tree; without a `drafter` the heads draft, and the root alone needs none."""
+        """Make a decoder for a tree and a branch of up to so many tokens; without a `drafter` the heads draft."""
         if drafter is None and len(tree) > 1:
             drafter = self.drafter(tree, draft_vocab)
-        return Decoder(self.base(tree, context=context), FixedPlan(tree), drafter, context or self.context)
+        return self.decoder_for(FixedPlan(tree, branch), drafter, ngrams=branch > 0, context=context)
+
+    def decoder_for(self, plan: Plan, drafter: Drafter | None, *, ngrams: bool = False, context: int = 0) -> Decoder:
+        """Make a decoder for any plan."""
+        return Decoder(self.base(plan, context=context), plan, drafter, context or self.context, ngrams)
 
     def request(self, prompt: str, max_tokens: int, **more: Any) -> Request:
         """Make a request from text."""

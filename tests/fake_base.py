@@ -32,6 +32,9 @@ class FakeBase:
             self._batch.append((int(pos[i]), int(tokens[i]), set(lanes.ids[i, : lanes.counts[i]].tolist())))
         return len(self._batch)
 
+    def want_states(self, wanted: bool) -> None:
+        self.embeddings = wanted
+
     def decode_placed(self, n: int) -> None:
         rows = self._batch[:n]
         if len(self.cells) + n > self.n_ctx:

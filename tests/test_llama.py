@@ -117,6 +117,7 @@ def test_prefill_and_plain_batches_agree(model: LlamaModel) -> None:
     tokens = model.tokenize(PROMPT)
     with context(model, embeddings=True) as a, context(model) as b:
         a.prefill(tokens[:-1], 0, 0)
+        a.want_states(True)  # prefill goes without
         a.decode(tokens[-1:], len(tokens) - 1, 0)
         b.prefill(tokens[:-1], 0, 0)
         b.decode(tokens[-1:], len(tokens) - 1, 0)

@@ -31,7 +31,7 @@ def test_generate_from_any_directory(tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "main.py"), "generate", "import os\n", "--max_tokens", "12", "--tree", "2"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr
-    assert "12 tokens" in done.stderr and "tree of 3 nodes" in done.stderr and done.stdout.strip()
+    assert "12 tokens" in done.stderr and "nodes drafted a step" in done.stderr and done.stdout.strip()
 
 
 def test_drafting_and_streaming_leave_the_text_alone() -> None:
@@ -44,6 +44,23 @@ def test_drafting_and_streaming_leave_the_text_alone() -> None:
 def test_auto_is_measured_once(tmp_path: Path) -> None:
     words = ("generate", "def f(x):\n", "--max_tokens", "8")
     assert "measuring" in call(*words).stderr and "measuring" not in call(*words).stderr
+
+
+@pytest.mark.parametrize("draft", ["medusa", "ngram", "both", "none"])
+@pytest.mark.parametrize("plan", ["live", "fixed"])
+def test_every_way_to_draft_writes(draft: str, plan: str) -> None:
+    words = ("generate", "import os\nimport sys\n", "--max_tokens", "48", "--draft", draft, "--plan", plan)
+    done = call(*words)
+    assert done.exit_code == 0 and "48 tokens" in done.stderr, done.output
+    nodes = float(done.stderr.split(" nodes drafted")[0].split()[-1])
+    assert (nodes == 0) if draft == "none" else (nodes > 0 or plan == "live")
+
+
+def test_a_model_without_heads_drafts_from_the_text_so_far(foreign_gguf: Path) -> None:
+    done = call("generate", "a a a a a a a a", "--max_tokens", "40", MODEL_PATH=str(foreign_gguf))
+    assert done.exit_code == 0 and "40 tokens" in done.stderr, done.output
+    refused = call("generate", "a", "--draft", "both", MODEL_PATH=str(foreign_gguf))
+    assert refused.exit_code == 2 and "no heads" in refused.stderr
 
 
 def test_stop_and_draft_vocab() -> None:

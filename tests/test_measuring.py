@@ -9,14 +9,12 @@ from pathlib import Path
 import pytest
 
 from config import HEADS_FOLDER
-from model.decoding.drafting import RandomDrafter
 from model.decoding.generation import Request
-from model.decoding.planning import ROOT_ONLY
 from model.decoding.sampling import Sampler, SamplingParams
 from model.engine import Engine, EngineOptions, find_heads
 from model.errors import HeadsError, UsageError
 from model.measuring.proofs import controls, noise_floor, prove, replay
-from model.measuring.speed import choose_tree, compare, repeated_ngrams
+from model.measuring.speed import compare, repeated_ngrams
 from model.trees.tree import Tree
 
 PROMPTS = ["import os\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self):\n"]
@@ -76,24 +74,19 @@ def test_a_sampled_text_replayed_with_another_seed_fails(engine: Engine) -> None
 
 
 def test_comparison_reports_what_happened(engine: Engine) -> None:
-    result = compare(engine, requests(engine), Tree.chain(3), runs=2)
+    with engine.decoder(Tree.chain(3)) as medusa:
+        result = compare(engine, requests(engine), medusa, runs=2)
     assert result["sequences"] == 2 and result["equal_sequences"] + len(result["divergences"]) == 2
     assert result["plain"]["tokens_per_s"] > 0 and result["medusa"]["tokens_per_s"] > 0
-    assert len(result["acceptance_rate_per_depth"]) == 3 and result["tree_nodes"] == 4
+    assert len(result["acceptance_rate_per_depth"]) == 3 and 3.5 < result["tree_nodes"] <= 4
     length = 1 + sum(result["acceptance_rate_per_depth"])
     assert result["acceptance_length"] == pytest.approx(length, rel=0.15)  # first and last steps draft or keep less
 
 
 def test_no_draft_is_plain_decoding(engine: Engine) -> None:
-    result = compare(engine, requests(engine), ROOT_ONLY, runs=1)
+    with engine.decoder() as nobody:
+        result = compare(engine, requests(engine), nobody, runs=1)
     assert result["equal_sequences"] == 2 and result["acceptance_length"] == 1.0
-
-
-def test_trials_rank_no_draft_above_chains_that_do_not_pay(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    useless = RandomDrafter(engine.file.n_vocab, 8, 1)
-    monkeypatch.setattr(engine, "drafter", lambda tree, draft_vocab=0: useless)
-    trials = choose_tree(engine, requests(engine), tokens=24)
-    assert len(trials) > 1 and len(trials[0].tree) == 1 and trials[1].acceptance_length < 1.1
 
 
 def test_repeated_ngrams() -> None:

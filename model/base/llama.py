@@ -220,14 +220,9 @@ class LlamaBase:
 
     def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None:
         """Decode prompt tokens into a sequence in batches, with neither logits nor states."""
-        if self.embeddings:
-            llama_cpp.llama_set_embeddings(self._ctx, False)
-        try:
-            for i in range(0, len(tokens), self.n_batch):
-                self.decode(tokens[i : i + self.n_batch], pos + i, seq, outputs=False)
-        finally:
-            if self.embeddings:
-                llama_cpp.llama_set_embeddings(self._ctx, True)
+        self.want_states(False)
+        for i in range(0, len(tokens), self.n_batch):
+            self.decode(tokens[i : i + self.n_batch], pos + i, seq, outputs=False)
 
     def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int:
         """Put a tree's rows into the next batch at `offset`; return the offset behind them.
@@ -243,6 +238,12 @@ class LlamaBase:
             self._placed = {at: rows for at, rows in self._placed.items() if at < offset}
             self._placed[offset] = lanes
         return end
+
+    def want_states(self, wanted: bool) -> None:
+        """Let the next batches give final states, or save the copy; without, the context is as fast as a plain one."""
+        if wanted != self.embeddings:
+            llama_cpp.llama_set_embeddings(self._ctx, wanted)
+            self.embeddings = wanted
 
     def decode_placed(self, n: int) -> None:
         """Decode the n rows that `place` has put down; raises as `decode`."""

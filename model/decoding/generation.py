@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from model.decoding.drafting import Drafter
-from model.decoding.planning import FixedPlan
+from model.decoding.ngram import NgramIndex
+from model.decoding.planning import Plan
 from model.decoding.sampling import Sampler, SamplingParams
 from model.decoding.step import Base, Slot, prefill, step
 from model.errors import ContextError, UsageError
@@ -84,8 +85,9 @@ class Generation:
         request: Request,
         *,
         context: int,
-        plan: FixedPlan,
+        plan: Plan,
         drafter: Drafter | None = None,
+        ngrams: bool = False,
         keep_logits: bool = False,
     ) -> None:
         if not request.prompt:
@@ -100,8 +102,9 @@ class Generation:
         self._base, self._plan, self._piece, self._eog = base, plan, piece, eog
         self._stream = TextStream(request.stop)
         limit = min(context, len(request.prompt) + request.max_tokens)
-        lanes = range(len(plan.tree.leaves))
+        lanes = range(plan.lanes)
         self.slot = Slot(list(request.prompt), limit, Sampler(request.sampling), self._ends, drafter, lanes)
+        self.slot.ngrams = NgramIndex(self.slot.tokens) if ngrams else None
         self.slot.trace = [] if keep_logits else None
         self.finish_reason = ""
 

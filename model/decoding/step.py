@@ -13,7 +13,8 @@ import numpy.typing as npt
 
 from model.base.llama import LaneRows
 from model.decoding.drafting import Drafter
-from model.decoding.planning import FixedPlan
+from model.decoding.ngram import NgramIndex
+from model.decoding.planning import Live, Plan, Proposal
 from model.decoding.sampling import Sampler
 from model.decoding.verification import verify
 from model.trees.tree import Tree
@@ -29,6 +30,7 @@ class Base(Protocol):
     n_seq_max: int
 
     def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int: ...  # noqa: D102
+    def want_states(self, wanted: bool) -> None: ...  # noqa: D102
     def decode_placed(self, n: int) -> None: ...  # noqa: D102
     def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None: ...  # noqa: D102
     def logits(self, n: int) -> Float32Array: ...  # noqa: D102
@@ -39,19 +41,22 @@ class Base(Protocol):
 
 @dataclass
 class Stats:
-    """What happened so far; times in seconds, drafted and accepted nodes per depth (from 1)."""
+    """What happened so far; times in seconds, drafted and accepted nodes per depth (from 1), and those of branches."""
 
     steps: int = 0
     emitted: int = 0
     drafted: list[int] = field(default_factory=list)
     accepted: list[int] = field(default_factory=list)
+    branch_drafted: int = 0
+    branch_accepted: int = 0
     draft_s: float = 0.0
     decode_s: float = 0.0
     verify_s: float = 0.0
     other_s: float = 0.0
 
-    def count(self, tree: Tree, depth: int, emitted: int) -> None:
-        """Add one step whose accepted path ended at `depth`."""
+    def count(self, tree: Tree, node: int, emitted: int, heads: int) -> None:
+        """Add one step whose accepted path ended at `node`; the nodes from `heads` on belong to the branch."""
+        depth = tree.depth_list[node]
         self.steps += 1
         self.emitted += emitted
         if len(self.drafted) < tree.max_depth:
@@ -61,6 +66,9 @@ class Stats:
         for d, nodes in enumerate(tree.level_sizes):
             self.drafted[d] += nodes
             self.accepted[d] += d < depth
+        if heads < len(tree):
+            self.branch_drafted += len(tree) - heads
+            self.branch_accepted += sum(n >= heads for n in tree.path_to(node)) if node else 0
 
     @property
     def seconds(self) -> float:
@@ -89,11 +97,13 @@ class Slot:
     ends: Callable[[int], bool]
     drafter: Drafter | None = None
     lanes: range = range(1)
-    hidden: Float32Array | None = None  # (1, D): the state that the root was decided from
+    hidden: Float32Array | None = None  # (1, D): the state that the root was decided from; None: nobody asked for it
     prompt_length: int = 0
     finished: bool = False
     stats: Stats = field(default_factory=Stats)
     trace: list[Float32Array] | None = None
+    ngrams: NgramIndex | None = None  # over `tokens`
+    live: Live | None = None  # what the plan has learnt of this text
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -119,15 +129,17 @@ def prefill(base: Base, slot: Slot) -> None:
         base.seq_cp(slot.lanes.start, lane, 0, len(slot.tokens) - 1)
 
 
-def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
+def step(base: Base, slots: Sequence[Slot], plan: Plan) -> list[list[int]]:
     """Take every slot one verify pass further; return the tokens that each has won (one or more).
 
-    Drafts with the slots' states, decodes all trees in one batch, keeps what the base model would have
-    chosen, rolls the rest back. Slots must not be finished; their prompts must be in the cache.
+    Drafts with the slots' states and from their own texts, decodes all trees in one batch, keeps what the base model
+    would have chosen, rolls the rest back. Slots must not be finished; their prompts must be in the cache.
     """
     start = perf_counter()
-    trees = [plan.tree_for(slot) for slot in slots]
-    drafts = _draft(slots, trees)
+    proposals = [plan.propose(slot) for slot in slots]
+    drafts = _draft(slots, proposals)
+    trees = [_with_branch(proposal, tokens) for proposal, tokens in zip(proposals, drafts, strict=True)]
+    base.want_states(any(plan.wants_state(slot) for slot in slots))
     drafted = perf_counter()
     n, offsets = 0, list[int]()
     for slot, tree, tokens in zip(slots, trees, drafts, strict=True):
@@ -140,7 +152,7 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
     states = base.hidden(n) if base.embeddings else None
     decoded = perf_counter()
     won, verify_s = list[list[int]](), 0.0
-    for slot, tree, tokens, at in zip(slots, trees, drafts, offsets, strict=True):
+    for slot, proposal, tree, tokens, at in zip(slots, proposals, trees, drafts, offsets, strict=True):
         since = perf_counter()
         rows, index = logits[at : at + len(tree)], len(slot.tokens) - slot.prompt_length
         room = slot.limit - len(slot.tokens)
@@ -148,14 +160,15 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
         verify_s += perf_counter() - since
         if slot.trace is not None:
             slot.trace += [rows[n].copy() for n in tree.path_to(node)]
-        if states is not None:
-            slot.hidden = states[at + node : at + node + 1].copy()
+        slot.hidden = None if states is None else states[at + node : at + node + 1].copy()
         _roll_back(base, slot, tree, node)
         slot.tokens += emitted
-        slot.stats.count(tree, tree.depth_list[node], len(emitted))
+        slot.stats.count(tree, node, len(emitted), len(proposal.tree))
         won.append(emitted)
-    end = perf_counter()
-    share = 1 / len(slots)
+    took = perf_counter() - drafted
+    for slot, proposal, tokens, emitted in zip(slots, proposals, drafts, won, strict=True):
+        plan.learn(slot, proposal, tokens, emitted, n, took)
+    end, share = perf_counter(), 1 / len(slots)
     for slot in slots:
         stats = slot.stats
         stats.draft_s += (drafted - start) * share
@@ -165,15 +178,15 @@ def step(base: Base, slots: Sequence[Slot], plan: FixedPlan) -> list[list[int]]:
     return won
 
 
-def _draft(slots: Sequence[Slot], trees: list[Tree]) -> list[list[int]]:
-    """Return each slot's node tokens (N,), the root's first; slots with the same drafter share one call.
+def _draft(slots: Sequence[Slot], proposals: list[Proposal]) -> list[list[int]]:
+    """Return the tokens (N,) of each slot's heads' tree, the root's first; slots with the same drafter share one call.
 
     Lists, not arrays: between two decodes all caches are cold, and numpy's small operations cost 5 to 15 µs each.
     """
     out = [[slot.tokens[-1]] for slot in slots]
     groups: dict[int, list[int]] = {}
-    for i, tree in enumerate(trees):
-        if len(tree) > 1:
+    for i, proposal in enumerate(proposals):
+        if len(proposal.tree) > 1:
             groups.setdefault(id(slots[i].drafter), []).append(i)
     for members in groups.values():
         drafter = slots[members[0]].drafter
@@ -182,8 +195,22 @@ def _draft(slots: Sequence[Slot], trees: list[Tree]) -> list[list[int]]:
         ranked, _ = drafter.draft(states[0] if len(states) == 1 else np.concatenate(states))
         for guesses, i in zip(ranked, members, strict=True):
             flat = guesses.ravel().tolist()
-            out[i] += [flat[g] for g in trees[i].flat_guesses(guesses.shape[1])]
+            out[i] += [flat[g] for g in proposals[i].tree.flat_guesses(guesses.shape[1])]
     return out
+
+
+def _with_branch(proposal: Proposal, tokens: list[int]) -> Tree:
+    """Hang what may follow into the heads' tree, from where the two part; its tokens go behind the tree's."""
+    tree, following, branch = proposal
+    node = at = 0
+    while at < len(following):
+        child = next((c for c in tree.children[node] if tokens[c] == following[at]), 0)
+        if not child:
+            break
+        node, at = child, at + 1
+    more = following[at : at + branch]
+    tokens += more
+    return tree.with_branch(node, len(more))
 
 
 def _roll_back(base: Base, slot: Slot, tree: Tree, node: int) -> None:

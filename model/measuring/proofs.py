@@ -20,7 +20,7 @@ import numpy.typing as npt
 from model.base.llama import LaneRows, LlamaBase
 from model.decoding.drafting import ConstantDrafter, Drafter, RandomDrafter
 from model.decoding.generation import Generation, Request
-from model.decoding.planning import FixedPlan
+from model.decoding.planning import ROOT_ONLY, FixedPlan
 from model.decoding.sampling import Sampler
 from model.engine import Decoder, Engine
 from model.measuring.speed import Divergence, find_divergences
@@ -124,8 +124,8 @@ def prove(engine: Engine, requests: Sequence[Request], trees: Sequence[Tree]) ->
         floor = noise_floor(replayer, ours)
         for tree in trees:
             for name, drafter in drafters(engine, tree).items():
-                with Decoder(engine.base(tree), FixedPlan(tree), drafter, engine.context) as decoder:
-                    texts = [_write(decoder, r, own.slot.tokens) for r, own in zip(requests, ours, strict=True)]
+                with engine.decoder_for(FixedPlan(tree), drafter) as decoder:
+                    texts = [_write(decoder, r, tree, own.slot.tokens) for r, own in zip(requests, ours, strict=True)]
                 replays = [replay(replayer, text, floor) for text in texts]
                 cases.append(_judge(f"{name}, {describe(tree)}", engine, plain, tree, requests, ours, texts, replays))
     return cases
@@ -174,11 +174,11 @@ def describe(tree: Tree) -> str:
     return f"chain of {tree.max_depth}" if len(tree.leaves) == 1 else f"tree of {len(tree) - 1}"
 
 
-def _write(decoder: Decoder, request: Request, text: list[int] | None = None) -> Generation:
-    """Write a text and keep its logits; where nobody drafts, the drafts are taken from `text`, if there is one."""
+def _write(decoder: Decoder, request: Request, tree: Tree = ROOT_ONLY, text: list[int] | None = None) -> Generation:
+    """Write a text and keep its logits; where nobody drafts, the tree is drafted from `text`, if there is one."""
     generation = decoder.start(request, keep_logits=True)
     if decoder.drafter is None and text is not None:
-        generation.slot.drafter = _Knowing(text, generation.slot.tokens, decoder.plan.tree, decoder.base.n_vocab)
+        generation.slot.drafter = _Knowing(text, generation.slot.tokens, tree, decoder.base.n_vocab)
     generation.run()
     return generation
 
@@ -274,7 +274,8 @@ def _write_with_fault(
     """Write all texts with a faulty context, or (an ordinary one) with the faulty sampler."""
     written = list[Generation]()
     room = engine.context + len(tree) * max(r.max_tokens for r in requests)  # for what is never rolled back
-    with Decoder(engine.base(tree, kind, context=room), FixedPlan(tree), None, engine.context) as decoder:
+    plan = FixedPlan(tree)
+    with Decoder(engine.base(plan, kind, context=room), plan, None, engine.context) as decoder:
         for request, text in zip(requests, plain_texts, strict=True):
             generation = decoder.start(request, keep_logits=True)
             generation.slot.drafter = _Knowing(text, generation.slot.tokens, tree, engine.file.n_vocab)

@@ -68,13 +68,10 @@ def _lines(path: str) -> list[str]:
 def table(results: list[dict[str, Any]]) -> str:
     """Return the figures of several comparisons as text."""
     lines = [
-        "temperature  plain tok/s  medusa tok/s  speedup  acceptance length  draft        same text  looping 8-grams"
+        "temperature  plain tok/s  medusa tok/s  speedup  acceptance length  drafted      same text  looping 8-grams"
     ]
     for r in results:
-        depth = max((len(p) for p in r["tree"]), default=0)
-        shape = (
-            "none" if not depth else f"chain of {depth}" if r["tree_nodes"] == depth + 1 else f"{r['tree_nodes']} nodes"
-        )
+        shape = f"{r['tree_nodes'] - 1:.1f} a step"
         lines.append(
             f"{r['temperature']:11.1f}  {r['plain']['tokens_per_s']:11.1f}  {r['medusa']['tokens_per_s']:12.1f}  "
             f"{r['speedup']:6.2f}x  {r['acceptance_length']:17.2f}  {shape:11}  "

@@ -1,4 +1,4 @@
-"""Plain decoding and Medusa side by side: the same prompts, one process, in turn. Also picks the tree that pays.
+"""Plain decoding and Medusa side by side: the same prompts, one process, in turn.
 
 Plain decoding has a context of its own (one sequence, no states), so that nothing flatters the comparison.
 Times run from the end of the prompt to the end of the text.
@@ -10,17 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import zip_longest
 from statistics import median
-from time import perf_counter
 from typing import Any
 
 from model.decoding.generation import Generation, Request
-from model.decoding.planning import ROOT_ONLY
 from model.decoding.step import Stats
 from model.engine import Decoder, Engine
-from model.trees.tree import Tree
-
-WORTH = 1.02  # a tree must beat plain decoding by this much in the trial; less is noise
-HOPELESS = 0.9  # of the best: longer chains are not tried
 
 
 @dataclass(frozen=True)
@@ -32,63 +26,9 @@ class Divergence:
     margin: float
 
 
-@dataclass(frozen=True)
-class Trial:
-    """What a tree reached in a trial, against plain decoding."""
-
-    tree: Tree
-    speedup: float
-    acceptance_length: float
-
-
-def choose_tree(
-    engine: Engine, requests: Sequence[Request], *, draft_vocab: int = 0, tokens: int = 64, budget_s: float = 60.0
-) -> list[Trial]:
-    """Time chains of growing length against plain decoding; return the trials, best first, "no draft" among them.
-
-    Chains that gain less than 2 % rank behind no draft at all, and lengths are tried until one is hopeless. Every
-    chain writes at least one text of 16 tokens, however slow the model is; beyond that, `tokens` per text and all
-    requests are used as far as budget_s (seconds) lets them.
-    """
-    if engine.n_heads == 0:
-        return [Trial(ROOT_ONLY, 1.0, 1.0)]
-    room = max(len(r.prompt) for r in requests) + tokens
-    with engine.decoder(context=room) as plain:
-        first, seconds = plain.time(replace(requests[0], max_tokens=8, stop=()))
-        tokens = min(tokens, max(16, int(budget_s / engine.n_heads / 4 * len(first.tokens) / seconds)))
-        short = [replace(r, max_tokens=min(tokens, r.max_tokens), stop=()) for r in requests]
-        trials = [Trial(ROOT_ONLY, 1.0, 1.0)]
-        for length in range(1, engine.n_heads + 1):
-            with engine.decoder(Tree.chain(length), draft_vocab=draft_vocab, context=room) as medusa:
-                trials.append(_try(plain, medusa, short, budget_s / engine.n_heads))
-            if trials[-1].speedup < HOPELESS * max(t.speedup for t in trials):
-                break
-    return sorted(trials, key=lambda t: -t.speedup if len(t.tree) == 1 or t.speedup >= WORTH else 0.0)
-
-
-def _try(plain: Decoder, medusa: Decoder, requests: Sequence[Request], budget_s: float) -> Trial:
-    """Write texts both ways in turn, one at least, as long as there is time."""
-    ratios, stats, start = list[float](), Stats(), perf_counter()
-    medusa.time(requests[0])
-    for request in [*requests, *requests]:
-        (ours, plain_s), (theirs, medusa_s) = plain.time(request), medusa.time(request)
-        ratios.append((len(theirs.tokens) / medusa_s) / (len(ours.tokens) / plain_s))
-        _add(stats, theirs.slot.stats)
-        if perf_counter() - start > budget_s:
-            break
-    return Trial(medusa.plan.tree, median(ratios), stats.acceptance_length)
-
-
-def compare(
-    engine: Engine,
-    requests: Sequence[Request],
-    tree: Tree,
-    *,
-    runs: int = 3,
-    draft_vocab: int = 0,
-) -> dict[str, Any]:
+def compare(engine: Engine, requests: Sequence[Request], medusa: Decoder, *, runs: int = 3) -> dict[str, Any]:
     """Write all texts `runs` times both ways, in turn; return the figures of `bench` (rates are medians over runs)."""
-    with engine.decoder() as plain, engine.decoder(tree, draft_vocab=draft_vocab) as medusa:
+    with engine.decoder() as plain:
         for decoder in (plain, medusa):
             decoder.time(replace(requests[0], max_tokens=min(16, requests[0].max_tokens)))
         return _compare(engine, plain, medusa, requests, runs)
@@ -112,15 +52,15 @@ def _compare(engine: Engine, plain: Decoder, medusa: Decoder, requests: Sequence
     counts = [sum(len(pair[kind].tokens) for pair in texts) for kind in (0, 1)]
     divergences = find_divergences(plain, [p for p, _ in texts], [m for _, m in texts], requests)
     micro = 1e6 / max(stats.steps, 1)
-    tree = medusa.plan.tree
     return {
         "plain": {"tokens_per_s": counts[0] / median(t[0] for t in times)},
         "medusa": {"tokens_per_s": counts[1] / median(t[1] for t in times)},
         "speedup": median((counts[1] / t[1]) / (counts[0] / t[0]) for t in times),
         "acceptance_length": stats.acceptance_length,
         "acceptance_rate_per_depth": [a / d for a, d in zip(stats.accepted, stats.drafted, strict=True)],
-        "tree": [list(path) for path in tree.paths[1:]],
-        "tree_nodes": len(tree),
+        "branch_accepted": stats.branch_accepted / max(stats.branch_drafted, 1),
+        "branch_share": stats.branch_drafted / max(sum(stats.drafted), 1),
+        "tree_nodes": 1 + sum(stats.drafted) / max(stats.steps, 1),
         "draft_us": stats.draft_s * micro,
         "decode_us": stats.decode_s * micro,
         "verify_us": stats.verify_s * micro,
@@ -169,5 +109,5 @@ def _add(total: Stats, one: Stats) -> None:
     for name in ("drafted", "accepted"):
         a, b = getattr(total, name), getattr(one, name)
         setattr(total, name, [x + y for x, y in zip_longest(a, b, fillvalue=0)])
-    for name in ("steps", "emitted", "draft_s", "decode_s", "verify_s", "other_s"):
+    for name in ("steps", "emitted", "branch_drafted", "branch_accepted", "draft_s", "decode_s", "verify_s", "other_s"):
         setattr(total, name, getattr(total, name) + getattr(one, name))

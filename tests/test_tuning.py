@@ -1,0 +1,109 @@
+"""Tuning on the bundled model: what is measured is plausible and kept, and what is damaged is measured again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from config import HEADS_FOLDER
+from model.base import remember
+from model.decoding.generation import Request
+from model.engine import Engine, EngineOptions
+from model.measuring import tuning
+from model.measuring.tuning import KIND, RANKS, Tuning, guess_rates, live_decoder, measure, tuned
+from model.trees.costs import CostCurve
+from model.trees.tree import Tree
+
+
+@pytest.fixture(scope="module")
+def engine(bundled_gguf: Path) -> Iterator[Engine]:
+    engine = Engine(bundled_gguf, EngineOptions(n_threads=2, context_size=512, max_nodes=16), None, HEADS_FOLDER)
+    yield engine
+    engine.model.close()
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remember, "folder", lambda: tmp_path)
+
+
+def requests(engine: Engine) -> list[Request]:
+    return [
+        engine.request(p, 40) for p in ("import os\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self):\n")
+    ]
+
+
+def test_everything_is_measured(engine: Engine) -> None:
+    found = measure(engine, requests(engine), heads=True, budget_s=0.3)
+    assert found.curve.sizes == (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16) and found.curve.contexts == (64, 256)
+    assert found.curve.ratio(16, 64) > 1.5, "16 rows cost more than one"
+    assert len(found.draft_s) == engine.n_heads and 1e-6 < found.draft_s[0] < 0.1
+    rates = np.array(found.accuracies)
+    assert rates.shape == (engine.n_heads, RANKS) and (rates.sum(1) <= 1 + 1e-6).all() and rates[0, 0] > 0.2
+    best = found.choices(64, 16)
+    assert [len(c.tree) for c in best] == list(found.curve.sizes) and best[0].speedup == 1.0
+
+
+def test_rates_are_those_of_a_text_written_step_by_step(engine: Engine) -> None:
+    """A chain drafted along the way must be accepted as often as the counted rates say."""
+    request = requests(engine)[0]
+    drafter = engine.drafter(Tree.chain(engine.n_heads), ranks=RANKS)
+    rates, n = guess_rates(engine, drafter, [request], 40)
+    prior = np.array(engine.heads_facts["rank_accuracies"])[: engine.n_heads, :RANKS]
+    hits = rates[0] * (n + tuning.PRIOR) - tuning.PRIOR * prior[0]
+    assert hits == pytest.approx(hits.round(), abs=1e-3), "hits are whole numbers"
+    with engine.decoder() as plain:
+        text = plain.start(request)
+        text.run()
+    with engine.decoder(Tree.chain(1)) as medusa:
+        drafted = medusa.start(request)
+        drafted.run()
+    stats = drafted.slot.stats
+    assert drafted.tokens == text.tokens
+    assert abs(stats.accepted[0] / stats.drafted[0] - hits[0] / n) < 0.25
+
+
+def test_what_was_measured_is_kept_and_damage_is_measured_again(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    known = Tuning(CostCurve((64,), (1, 2), ((1.0, 1.5),)), [], [], 0)
+
+    def fake(*args: Any, **more: Any) -> Tuning:
+        calls.append(more)
+        return known
+
+    monkeypatch.setattr(tuning, "measure", fake)
+    assert tuned(engine, requests(engine), heads=False) == tuned(engine, requests(engine), heads=False) == known
+    assert len(calls) == 1
+    tuned(engine, requests(engine), heads=True)
+    assert len(calls) == 2, "another question"
+    file = tmp_path / f"{KIND}.json"
+    content = json.loads(file.read_text())
+    damages: list[Any] = [None, {}, {"curve": 3}, {"draft_s": [1.0]}, {"accuracies": [[2.0]], "draft_s": [0.1]}]
+    for damage in damages:
+        for key in content:
+            content[key] = damage if not damage else {**known.to_json(), **damage}
+        file.write_text(json.dumps(content))
+        before = len(calls)
+        assert tuned(engine, requests(engine), heads=False) == known and len(calls) == before + 1, damage
+
+
+@pytest.mark.parametrize("ngrams", [True, False])
+def test_a_live_decoder_drafts_where_the_curve_says_that_it_pays(engine: Engine, ngrams: bool) -> None:
+    rates = [[0.6, 0.1], [0.5, 0.1]]
+    cheap = Tuning(CostCurve((64,), (1, 2, 4), ((1.0, 1.01, 1.02),)), [1e-6, 1e-6], rates, 99)
+    dear = Tuning(CostCurve((64,), (1, 2, 4), ((1.0, 9.0, 18.0),)), [1e-6, 1e-6], rates, 99)
+    texts = []
+    for known in (cheap, dear):
+        with live_decoder(engine, known, ngrams=ngrams) as decoder:
+            generation = decoder.start(requests(engine)[0])
+            generation.run()
+            texts.append(generation)
+    assert texts[0].slot.stats.acceptance_length > 1.2
+    assert texts[1].slot.stats.acceptance_length == 1.0 and not sum(texts[1].slot.stats.drafted)
