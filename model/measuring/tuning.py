@@ -54,9 +54,9 @@ class Tuning:
 
     def choices(self, context: int, max_nodes: int) -> list[Choice]:
         """Return the best tree of the heads for each size, from the root alone on."""
-        accuracies = np.array(self.accuracies).reshape(len(self.accuracies), -1)
+        accuracies = np.array(self.accuracies) if self.accuracies else np.zeros((1, 1))
         seconds = self.curve.on_offer(context, max_nodes)
-        return all_choices(accuracies, seconds, draft_seconds=np.array(self.draft_s), max_nodes=max_nodes)
+        return all_choices(accuracies, seconds, draft_seconds=self.draft_s or 0.0, max_nodes=max_nodes)
 
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
@@ -100,16 +100,17 @@ def tuned(
 
 
 def _key(engine: Engine, sampling: bool, heads: bool, draft_vocab: int) -> str:
-    weights = engine.weights.stat().st_mtime_ns if heads and engine.weights else 0
+    n_heads = engine.n_heads if heads else 0  # raises where heads are missing
+    weights = engine.weights.stat().st_mtime_ns if n_heads and engine.weights else 0
     parts = (
-        engine.file.file_fingerprint(), weights, engine.n_heads if heads else 0, draft_vocab, engine.options, sampling,
+        engine.file.file_fingerprint(), weights, n_heads, draft_vocab, engine.options, sampling,
         version("llama-cpp-python"), version("torch"), platform.node(), platform.processor(),
     )  # fmt: skip
     return " ".join(map(str, parts))
 
 
 def measure(
-    engine: Engine, requests: Sequence[Request], *, heads: bool, draft_vocab: int = 0, budget_s: float = 3.0
+    engine: Engine, requests: Sequence[Request], *, heads: bool, draft_vocab: int = 0, budget_s: float = 1.0
 ) -> Tuning:
     """Measure everything; budget_s: seconds for each of curve, drafting and text, if one round takes no longer."""
     curve = step_curve(engine, budget_s)
@@ -121,7 +122,7 @@ def measure(
     return Tuning(curve, draft_seconds(engine, draft_vocab, budget_s), accuracies.round(6).tolist(), seen)
 
 
-def step_curve(engine: Engine, budget_s: float = 3.0) -> CostCurve:
+def step_curve(engine: Engine, budget_s: float = 1.0) -> CostCurve:
     """Time steps of 1 to MEDUSA_MAX_TOKENS_PER_STEP rows over short and long contexts; all drafts are refused.
 
     One row is timed as plain steps are made, without states.
