@@ -94,11 +94,13 @@ def open_decoder(
         return engine.decoder()
     if tree_text != "auto":
         tree = engine.check_tree(Tree.parse(tree_text))
+        branch = min(branch, engine.options.max_nodes - len(tree))
         return engine.decoder(tree, branch=branch, draft_vocab=draft_vocab)
     tuning = tune_engine(engine, sampling, draft, draft_vocab)
     if plan == "live":
         return live_decoder(engine, tuning, ngrams=branch > 0, draft_vocab=draft_vocab)
-    best = max(tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes), key=lambda c: c.tokens_per_s)
+    best = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes)
+    branch = min(branch, engine.options.max_nodes - len(best.tree))
     return engine.decoder(best.tree, branch=branch, draft_vocab=draft_vocab)
 
 
@@ -222,6 +224,52 @@ def bench(
         click.echo(f"prompt {d['prompt']} parts from the plain text at token {d['position']}, by {d['margin']:.4f}")
     if json_path:
         write_json(json_path, {**facts(engine), **result})
+
+
+@cli.command()
+@prompts_option
+@click.option("--temperature", default=0.0, help="0 is greedy.")
+@click.option("--draft_vocab", default=0, type=click.IntRange(0), help="As for generate and bench.")
+@click.option(
+    "--max_tokens", default=96, type=click.IntRange(16), help="New tokens per text, to measure the best tree."
+)
+@click.option("--n_prompts", default=6, type=click.IntRange(1), help="Measure on the first so many prompts.")
+@click.option("--png", default="tune.png", type=click.Path(path_type=Path), help="Where the picture goes.")
+def tune(prompts: Path, temperature: float, draft_vocab: int, max_tokens: int, n_prompts: int, png: Path) -> None:
+    """Measure what a step costs here, find the tree that pays, and try it."""
+    from model.measuring.speed import compare
+    from model.measuring.tuning_report import draw
+    from model.measuring.tuning_report import table as tuning_table
+
+    check_writable(png)
+    engine, sampling = open_engine(Settings.load()), SamplingParams(temperature)
+    heads = engine.weights is not None
+    if not heads:
+        click.echo(f"no heads for {engine.file.name}: only the text so far can draft", err=True)
+    tuning = tuned(
+        engine, trial_requests(engine, sampling), heads=heads, draft_vocab=draft_vocab, afresh=True, budget_s=3.0
+    )
+    choices = tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes)
+    best = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes)
+    click.echo(f"{engine.file.name} ({engine.file.file_type}), {engine.options.n_threads} threads")
+    click.echo(tuning_table(tuning, choices, best))
+    requests = [
+        engine.request(p, max_tokens, sampling=replace(sampling, seed=i))
+        for i, p in enumerate(read_prompts(prompts)[:n_prompts])
+    ]
+    decoders = {"this tree in every step": lambda: engine.decoder(best.tree, draft_vocab=draft_vocab)}
+    if len(best.tree) == 1:
+        decoders = {}
+    decoders["the live plan"] = lambda: live_decoder(engine, tuning, ngrams=True, draft_vocab=draft_vocab)
+    for name, make in decoders.items():
+        with make() as medusa:
+            result = compare(engine, requests, medusa, runs=1)
+        click.echo(
+            f"measured on {len(requests)} prompts, {name}: {result['speedup']:.2f}x, "
+            f"{result['acceptance_length']:.2f} tokens a step, {result['tree_nodes'] - 1:.1f} drafted"
+        )
+    draw(png, tuning, choices, best)
+    click.echo(f"picture: {png}")
 
 
 @cli.command()

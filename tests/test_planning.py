@@ -12,8 +12,9 @@ from fake_base import FakeBase
 from test_step import Oracle, plain
 
 from model.decoding.drafting import ConstantDrafter
+from model.decoding.live import LivePlan
 from model.decoding.ngram import NgramIndex
-from model.decoding.planning import FixedPlan, LivePlan, Plan, Proposal
+from model.decoding.planning import FixedPlan, Plan, Proposal
 from model.decoding.sampling import Sampler, SamplingParams
 from model.decoding.step import Slot, _with_branch, prefill, step
 from model.trees.costs import CostCurve

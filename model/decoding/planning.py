@@ -1,21 +1,14 @@
-"""How many nodes each slot gets now. Knows trees, costs and slots, neither logits nor the cache."""
+"""What a plan is: it says what each slot drafts now. Knows trees and slots, neither logits nor the cache."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-from model.trees.costs import CostCurve
-from model.trees.tree import RankPath, Tree
+from model.trees.tree import Tree
 
 if TYPE_CHECKING:
     from model.decoding.step import Slot
 
-Float64Array = npt.NDArray[np.float64]
 ROOT_ONLY = Tree([])
 
 
@@ -25,9 +18,6 @@ class Proposal(NamedTuple):
     tree: Tree
     following: list[int]
     branch: int
-
-
-PLAIN = Proposal(ROOT_ONLY, [], 0)
 
 
 class Plan(Protocol):
@@ -67,176 +57,3 @@ class FixedPlan:
 
     def learn(self, slot: Slot, proposal: Proposal, tokens: list[int], won: list[int], rows: int, took: float) -> None:
         """Learn nothing."""
-
-
-FIRST_LOOK, REFRESH = 4, 16  # steps to the first look at what drafting earns, doubling up to the distance of later ones
-PROBE = 2  # steps that try a source once more before it is judged
-REST, LONGEST_REST = 64, 256  # steps without a source that does not pay; doubled each time
-WORTH = 1.02  # drafting must beat plain decoding by this much
-HOPEFUL = 0.7  # of plain decoding's speed: what promises less is not even tried again
-DOUBT = 2.0  # steps that the validation's rates count for, beside those that were lived through
-FADE = 0.9  # of what was seen, per refresh: the text changes
-# How often the first token of a branch is right, by the bits of the length of the match, and each one behind it:
-# a start only, corrected within a few steps.
-FIRST, LATER = (0.0, 0.0, 0.4, 0.55, 0.7, 0.85, 0.95), 0.85
-Table = list[tuple[int, int]]  # by the bits of the length of a match: nodes of the heads' tree, nodes of the branch
-
-
-@dataclass
-class Live:
-    """What one text has shown so far. tries, hits: by depth for the heads; by match, first and later, for branches."""
-
-    table: Table
-    depths: int
-    rests: list[int] = field(default_factory=lambda: [0, 0])  # steps that heads and branches still rest
-    spans: list[int] = field(default_factory=lambda: [REST, REST])  # their next rests
-    refresh: int = FIRST_LOOK // 2
-    until_refresh: int = 0
-    match: int = 0  # bits of the length of this step's match
-    seconds: Float64Array = field(default_factory=lambda: np.ones(1))  # (N,) of a step, as predicted for this context
-
-    def __post_init__(self) -> None:
-        self.expected, self.hits = [0.0] * self.depths, [0.0] * self.depths
-        self.branches = [[0.0] * 4 for _ in FIRST]  # tries and hits of the first token, of the later ones
-        self.plain, self.drafted = [0.0, 0.0], [0.0, 0.0]  # seconds as predicted, as measured
-
-
-class LivePlan:
-    """The draft that earns most per second as measured, for each slot and step; none where none pays.
-
-    Trees grow node by node in the order of `paths`, which the search has found; a branch of up to `branch` tokens comes
-    from the slot's own text. Expected tokens per step: 1 + b + (1 - q) · h, with h the heads' tree alone, b the branch
-    alone and q the rate of its first token. Rates begin with `accuracies` (K, R), conditional on the parent's
-    acceptance, and follow what each text shows. curve: seconds of a step but for the heads; draft_s: the heads'.
-    """
-
-    def __init__(
-        self,
-        curve: CostCurve,
-        *,
-        paths: Sequence[RankPath] = (),
-        accuracies: npt.NDArray[np.float64] | None = None,
-        draft_s: float = 0.0,
-        branch: int = 0,
-    ) -> None:
-        self._curve, self._draft_s, self._branch = curve, draft_s, branch
-        self._trees = [Tree(paths[:n]) for n in range(len(paths) + 1)]
-        self._depths = self._trees[-1].max_depth
-        self._rates = np.zeros((len(paths) + 1, self._depths))  # of reaching each depth from the one above, by tree
-        for n, tree in enumerate(self._trees):
-            assert n == 0 or accuracies is not None
-            chance = np.ones(len(tree))
-            for i in range(1, len(tree)):
-                assert accuracies is not None
-                chance[i] = chance[tree.parents[i]] * accuracies[tree.depths[i] - 1, tree.ranks[i]]
-            by_depth = np.bincount(tree.depths, chance, minlength=self._depths + 1)
-            np.divide(by_depth[1:], by_depth[:-1], out=self._rates[n], where=by_depth[:-1] > 0)
-        self.lanes = max(len(tree.leaves) for tree in self._trees) + (branch > 0 and len(paths) > 0)
-        self.max_nodes = len(paths) + branch + 1
-
-    def wants_state(self, slot: Slot) -> bool:
-        """See Plan. While the heads rest the base model need not copy its states."""
-        live = slot.live
-        return slot.drafter is not None and self._depths > 0 and (live is None or live.rests[0] <= 1)
-
-    def propose(self, slot: Slot) -> Proposal:
-        """See Plan."""
-        if slot.live is None:
-            slot.live = Live([], self._depths)
-            self._refresh(slot, slot.live)
-        live, following = slot.live, list[int]()
-        live.match = 0
-        if not live.rests[1] and self._branch and slot.ngrams is not None:
-            following, match = slot.ngrams.propose(self._depths + self._branch)
-            live.match = match.bit_length()
-        nodes, branch = live.table[live.match]
-        return Proposal(self._trees[nodes if slot.hidden is not None else 0], following, branch)
-
-    def learn(self, slot: Slot, proposal: Proposal, tokens: list[int], won: list[int], rows: int, took: float) -> None:
-        """See Plan."""
-        live = slot.live
-        assert live is not None
-        if rows <= len(live.seconds) and live.seconds[rows - 1] < np.inf:
-            seen = live.plain if rows == 1 else live.drafted
-            seen[0] += live.seconds[rows - 1]
-            seen[1] += took
-        tree = proposal.tree
-        if len(tree) > 1:
-            rates, node = self._rates[len(tree) - 1], 0
-            for depth, token in enumerate(won[: tree.max_depth]):
-                live.expected[depth] += rates[depth]
-                node = next((c for c in tree.children[node] if tokens[c] == token), 0)
-                if not node:
-                    break
-                live.hits[depth] += 1
-        if proposal.following:
-            counts = live.branches[live.match]
-            for at, (wanted, token) in enumerate(zip(proposal.following, won, strict=False)):
-                counts[0 if at == 0 else 2] += 1
-                if wanted != token:
-                    break
-                counts[1 if at == 0 else 3] += 1
-        self._rest(slot, live)
-        live.until_refresh -= 1
-        if not live.until_refresh:
-            self._refresh(slot, live)
-
-    def _rest(self, slot: Slot, live: Live) -> None:
-        """Count rests down; a source whose rest is over is tried as the validation's rates would have it."""
-        for source in (0, 1):
-            if live.rests[source]:
-                live.rests[source] -= 1
-                if not live.rests[source]:
-                    untried = Live([], self._depths, live.rests, seconds=live.seconds)
-                    live.table = self._best(slot, untried, WORTH / HOPEFUL)
-                    live.until_refresh, live.refresh = PROBE, FIRST_LOOK // 2
-                    for counts in live.branches if source else (live.expected, live.hits):
-                        counts[:] = [0.8 * count for count in counts]  # it was long ago
-
-    def _refresh(self, slot: Slot, live: Live) -> None:
-        """Choose anew for every length of match; send a source to rest that pays nowhere."""
-        live.refresh = live.until_refresh = min(2 * live.refresh, REFRESH)
-        live.seconds = self._curve.on_offer(len(slot.tokens), self.max_nodes)
-        live.table = self._best(slot, live)
-        has = (self._depths > 0 and slot.drafter is not None, self._branch > 0 and slot.ngrams is not None)
-        for source in (0, 1):
-            if live.rests[source] or not has[source]:
-                continue
-            if any(entry[source] for entry in live.table):
-                live.spans[source] = REST
-            else:
-                live.rests[source], live.spans[source] = live.spans[source], min(2 * live.spans[source], LONGEST_REST)
-        faded = [live.plain, live.drafted]
-        faded += [] if live.rests[0] else [live.expected, live.hits]  # what rests is remembered
-        faded += [] if live.rests[1] else live.branches
-        for counts in faded:
-            counts[:] = [FADE * count for count in counts]
-
-    def _best(self, slot: Slot, live: Live, favour: float = 1.0) -> Table:
-        """Return for each length of match how many nodes of tree and branch earn most per second.
-
-        favour: how much more drafting is made to earn than is expected.
-        """
-        seconds = live.seconds
-        one = seconds[0]
-        drift = [(measured + one) / (predicted + one) for predicted, measured in (live.plain, live.drafted)]
-        heads = slot.drafter is not None and not live.rests[0]
-        scale = (np.array(live.hits) + DOUBT) / (np.array(live.expected) + DOUBT)
-        rates = np.minimum(1.0, self._rates * scale)
-        h = rates.cumprod(1).sum(1)[: None if heads else 1]  # (T,)
-        branches = slot.ngrams is not None and not live.rests[1]
-        branch = np.arange(self._branch + 1 if branches else 1)  # (M,)
-        cost = seconds[np.arange(len(h))[:, None] + branch] * drift[1]  # (T, M)
-        cost[1:] += self._draft_s
-        cost /= favour
-        cost[0, 0] = WORTH * one * drift[0]
-        table = Table()
-        for first, counts in zip(FIRST, live.branches, strict=True):
-            q = (counts[1] + DOUBT * first) / (counts[0] + DOUBT)
-            later = (counts[3] + DOUBT * LATER) / (counts[2] + DOUBT)
-            b = q * np.concatenate([[0.0], (later ** branch[:-1]).cumsum()])
-            gain = (1 + b + (1 - q * (branch > 0)) * h[:, None]) / cost  # (T, M)
-            gain = gain if first else gain[:, :1]  # no match, no branch
-            nodes, more = divmod(int(gain.argmax()), gain.shape[1])
-            table.append((nodes, more))
-        return table

@@ -13,8 +13,9 @@ import numpy.typing as npt
 
 from model.base.llama import LaneRows
 from model.decoding.drafting import Drafter
+from model.decoding.live import Live
 from model.decoding.ngram import NgramIndex
-from model.decoding.planning import Live, Plan, Proposal
+from model.decoding.planning import Plan, Proposal
 from model.decoding.sampling import Sampler
 from model.decoding.verification import verify
 from model.trees.tree import Tree
@@ -49,6 +50,8 @@ class Stats:
     accepted: list[int] = field(default_factory=list)
     branch_drafted: int = 0
     branch_accepted: int = 0
+    sizes: dict[int, int] = field(default_factory=dict)  # how many steps had so many nodes, the root included
+    head_steps: int = 0  # steps for which the heads drafted
     draft_s: float = 0.0
     decode_s: float = 0.0
     verify_s: float = 0.0
@@ -59,6 +62,8 @@ class Stats:
         depth = tree.depth_list[node]
         self.steps += 1
         self.emitted += emitted
+        self.sizes[len(tree)] = self.sizes.get(len(tree), 0) + 1
+        self.head_steps += heads > 1
         if len(self.drafted) < tree.max_depth:
             more = [0] * (tree.max_depth - len(self.drafted))
             self.drafted += more

@@ -60,6 +60,8 @@ def _compare(engine: Engine, plain: Decoder, medusa: Decoder, requests: Sequence
         "acceptance_rate_per_depth": [a / d for a, d in zip(stats.accepted, stats.drafted, strict=True)],
         "branch_accepted": stats.branch_accepted / max(stats.branch_drafted, 1),
         "branch_share": stats.branch_drafted / max(sum(stats.drafted), 1),
+        "steps_by_nodes": dict(sorted(stats.sizes.items())),
+        "head_steps": stats.head_steps,
         "tree_nodes": 1 + sum(stats.drafted) / max(stats.steps, 1),
         "draft_us": stats.draft_s * micro,
         "decode_us": stats.decode_s * micro,
@@ -109,5 +111,8 @@ def _add(total: Stats, one: Stats) -> None:
     for name in ("drafted", "accepted"):
         a, b = getattr(total, name), getattr(one, name)
         setattr(total, name, [x + y for x, y in zip_longest(a, b, fillvalue=0)])
-    for name in ("steps", "emitted", "branch_drafted", "branch_accepted", "draft_s", "decode_s", "verify_s", "other_s"):
+    for n, steps in one.sizes.items():
+        total.sizes[n] = total.sizes.get(n, 0) + steps
+    counts = ("steps", "emitted", "head_steps", "branch_drafted", "branch_accepted")
+    for name in (*counts, "draft_s", "decode_s", "verify_s", "other_s"):
         setattr(total, name, getattr(total, name) + getattr(one, name))

@@ -22,7 +22,8 @@ from model.base.llama import LlamaBase
 from model.base.remember import recall, remember
 from model.decoding.drafting import ConstantDrafter, Drafter
 from model.decoding.generation import Request
-from model.decoding.planning import HOPEFUL, FixedPlan, LivePlan
+from model.decoding.live import HOPEFUL, LivePlan
+from model.decoding.planning import FixedPlan
 from model.decoding.sampling import Sampler, SamplingParams
 from model.decoding.step import Slot, prefill, step
 from model.engine import Decoder, Engine
@@ -58,6 +59,19 @@ class Tuning:
         seconds = self.curve.on_offer(context, max_nodes)
         return all_choices(accuracies, seconds, draft_seconds=self.draft_s or 0.0, max_nodes=max_nodes)
 
+    def best(self, context: int, max_nodes: int) -> Choice:
+        """Return the heads' tree that earns most per second; the root alone where nothing pays."""
+        return max(self.choices(context, max_nodes), key=lambda choice: choice.tokens_per_s)
+
+    def expected_speedup(self, sizes: dict[int, int], emitted: int, head_steps: int, context: float) -> float:
+        """Return the speedup that these times give for steps of so many nodes that won so many tokens.
+
+        sizes: steps by their nodes. head_steps: those for which the heads drafted, with as many heads as there are.
+        """
+        seconds = sum(steps * self.curve.seconds_for(nodes, context) for nodes, steps in sizes.items())
+        seconds += head_steps * (self.draft_s[-1] if self.draft_s else 0.0)
+        return emitted * self.curve.seconds_for(1, context) / seconds
+
     def to_json(self) -> dict[str, Any]:
         """Return what `from_json` reads."""
         return {**vars(self), "curve": self.curve.to_json()}
@@ -86,6 +100,7 @@ def tuned(
     heads: bool,
     draft_vocab: int = 0,
     afresh: bool = False,
+    budget_s: float = 1.0,
     told: Callable[[], None] = lambda: None,
 ) -> Tuning:
     """Return the remembered figures, or measure them now, having `told` the user."""
@@ -94,7 +109,7 @@ def tuned(
     if kept is not None:
         return kept
     told()
-    tuning = measure(engine, requests, heads=heads, draft_vocab=draft_vocab)
+    tuning = measure(engine, requests, heads=heads, draft_vocab=draft_vocab, budget_s=budget_s)
     remember(KIND, key, tuning.to_json())
     return tuning
 
@@ -240,7 +255,12 @@ def live_decoder(engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: i
         accuracies = np.array(tuning.accuracies)[:depth]
         paths = grow(accuracies, nodes)
         plan = LivePlan(
-            tuning.curve, paths=paths, accuracies=accuracies, draft_s=tuning.draft_s[depth - 1], branch=branch
+            tuning.curve,
+            paths=paths,
+            accuracies=accuracies,
+            draft_s=tuning.draft_s[depth - 1],
+            branch=branch,
+            max_nodes=engine.options.max_nodes,
         )
         drafter = engine.drafter(Tree(paths), draft_vocab)
     return engine.decoder_for(plan, drafter, ngrams=ngrams, context=context)
