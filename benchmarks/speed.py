@@ -118,7 +118,7 @@ def main(
         model, heads = BUNDLED, None
         if shape != "tiny":
             main_type, _, output_type = kind.partition("+")
-            scaled = build(shape, main_type, output_type or None)
+            scaled = build(shape, main_type.upper(), output_type.upper() or None)
             model, heads = scaled.model, scaled.heads
         engine = Engine(model, options, heads, HEADS_FOLDER)
         for temperature in map(float, temperatures.split(",")):
