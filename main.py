@@ -20,7 +20,7 @@ from model.decoding.generation import Request
 from model.decoding.sampling import SamplingParams
 from model.engine import Decoder, Engine, EngineOptions
 from model.errors import MedusaError, UsageError
-from model.measuring.report import check_writable, facts, read_prompts, table, write_json
+from model.measuring.report import check_writable, chrome_trace, facts, read_prompts, stages, table, write_json
 from model.measuring.tuning import BRANCH, Tuning, live_decoder, tuned
 from model.trees.tree import Tree
 
@@ -198,18 +198,23 @@ def generate(
 @with_sampling
 @click.option("--runs", default=3, type=click.IntRange(1), help="Every prompt so many times each way.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option("--profile", is_flag=True, help="Show where the time of a step goes.")
+@click.option("--trace", type=click.Path(path_type=Path), help="Write the first text's steps for chrome://tracing.")
 def bench(
     prompts: Path,
     max_tokens: int,
     temperature: float,
     runs: int,
     json_path: Path | None,
+    profile: bool,
+    trace: Path | None,
     **drafting: Any,
 ) -> None:
     """Time plain decoding and Medusa in turn, in one process."""
     from model.measuring.speed import compare
 
     check_writable(json_path)
+    check_writable(trace)
     engine = open_engine(Settings.load())
     sampling = SamplingParams(temperature)
     requests = [
@@ -217,9 +222,16 @@ def bench(
     ]
     with open_decoder(engine, sampling, **drafting) as medusa:
         result = compare(engine, requests, medusa, runs=runs)
+        if trace:
+            generation = medusa.start(requests[0])
+            generation.slot.stats.timeline = []
+            generation.run()
+            write_json(trace, chrome_trace(generation.slot.stats.timeline))
     del result["text_pairs"]
     result |= {"temperature": temperature, "max_tokens": max_tokens, "runs": runs, **drafting}
     click.echo(table([result]))
+    if profile:
+        click.echo(stages(result))
     for d in result["divergences"]:
         click.echo(f"prompt {d['prompt']} parts from the plain text at token {d['position']}, by {d['margin']:.4f}")
     if json_path:
@@ -257,12 +269,14 @@ def tune(prompts: Path, temperature: float, draft_vocab: int, max_tokens: int, n
         engine.request(p, max_tokens, sampling=replace(sampling, seed=i))
         for i, p in enumerate(read_prompts(prompts)[:n_prompts])
     ]
-    decoders = {"this tree in every step": lambda: engine.decoder(best.tree, draft_vocab=draft_vocab)}
-    if len(best.tree) == 1:
-        decoders = {}
-    decoders["the live plan"] = lambda: live_decoder(engine, tuning, ngrams=True, draft_vocab=draft_vocab)
-    for name, make in decoders.items():
-        with make() as medusa:
+    for name in ("this tree in every step", "the live plan"):
+        if name == "the live plan":
+            medusa = live_decoder(engine, tuning, ngrams=True, draft_vocab=draft_vocab)
+        elif len(best.tree) == 1:
+            continue
+        else:
+            medusa = engine.decoder(best.tree, draft_vocab=draft_vocab)
+        with medusa:
             result = compare(engine, requests, medusa, runs=1)
         click.echo(
             f"measured on {len(requests)} prompts, {name}: {result['speedup']:.2f}x, "

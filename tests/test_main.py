@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import subprocess
@@ -90,9 +91,18 @@ def test_bench_writes_every_figure(tmp_path: Path) -> None:
         "2",
         "--json",
         str(out),
+        "--profile",
+        "--trace",
+        str(tmp_path / "trace.json"),
     )
     assert done.exit_code == 0, done.output
     result = json.loads(out.read_text())
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["name"] for e in events[:6]] == list(result["stages_us"]) and "decode" in done.output
+    assert all(b["ts"] >= a["ts"] + a["dur"] - 1 for a, b in itertools.pairwise(events)), "one after the other"
+    assert sum(result["stages_us"].values()) == pytest.approx(
+        sum(result[f"{part}_us"] for part in ("draft", "decode", "verify", "other"))
+    )
     wanted = {
         "plain",
         "medusa",

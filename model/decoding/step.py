@@ -40,6 +40,9 @@ class Base(Protocol):
     def seq_cp(self, source: int, target: int, start: int, end: int) -> None: ...  # noqa: D102
 
 
+STAGES = ("draft", "tree", "decode", "verify", "cache", "plan")
+
+
 @dataclass
 class Stats:
     """What happened so far; times in seconds, drafted and accepted nodes per depth (from 1), and those of branches."""
@@ -52,10 +55,13 @@ class Stats:
     branch_accepted: int = 0
     sizes: dict[int, int] = field(default_factory=dict)  # how many steps had so many nodes, the root included
     head_steps: int = 0  # steps for which the heads drafted
-    draft_s: float = 0.0
-    decode_s: float = 0.0
+    draft_s: float = 0.0  # what to draft, and the heads
+    tree_s: float = 0.0  # the batch's rows
+    decode_s: float = 0.0  # llama.cpp
     verify_s: float = 0.0
-    other_s: float = 0.0
+    cache_s: float = 0.0  # roll-back, states
+    plan_s: float = 0.0  # what the plan learns
+    timeline: list[tuple[float, ...]] | None = None  # when a list: each step's start, and the seconds of its STAGES
 
     def count(self, tree: Tree, node: int, emitted: int, heads: int) -> None:
         """Add one step whose accepted path ended at `node`; the nodes from `heads` on belong to the branch."""
@@ -75,10 +81,26 @@ class Stats:
             self.branch_drafted += len(tree) - heads
             self.branch_accepted += sum(n >= heads for n in tree.path_to(node)) if node else 0
 
+    def add_times(self, start: float, stages: tuple[float, ...], share: float) -> None:
+        """Add a share of a pass's seconds by stage."""
+        self.draft_s += stages[0] * share
+        self.tree_s += stages[1] * share
+        self.decode_s += stages[2] * share
+        self.verify_s += stages[3] * share
+        self.cache_s += stages[4] * share
+        self.plan_s += stages[5] * share
+        if self.timeline is not None:
+            self.timeline.append((start, *stages))
+
     @property
     def seconds(self) -> float:
         """Time spent in steps."""
         return self.draft_s + self.decode_s + self.verify_s + self.other_s
+
+    @property
+    def other_s(self) -> float:
+        """Time spent on bookkeeping: neither drafting, decoding nor verifying."""
+        return self.tree_s + self.cache_s + self.plan_s
 
     @property
     def acceptance_length(self) -> float:
@@ -170,16 +192,13 @@ def step(base: Base, slots: Sequence[Slot], plan: Plan) -> list[list[int]]:
         slot.tokens += emitted
         slot.stats.count(tree, node, len(emitted), len(proposal.tree))
         won.append(emitted)
-    took = perf_counter() - drafted
+    kept = perf_counter()
     for slot, proposal, tokens, emitted in zip(slots, proposals, drafts, won, strict=True):
-        plan.learn(slot, proposal, tokens, emitted, n, took)
-    end, share = perf_counter(), 1 / len(slots)
+        plan.learn(slot, proposal, tokens, emitted, n, kept - drafted)
+    cache_s, plan_s = kept - decoded - verify_s, perf_counter() - kept
+    stages = (drafted - start, placed - drafted, decoded - placed, verify_s, cache_s, plan_s)
     for slot in slots:
-        stats = slot.stats
-        stats.draft_s += (drafted - start) * share
-        stats.decode_s += (decoded - placed) * share
-        stats.verify_s += verify_s * share
-        stats.other_s += (placed - drafted + end - decoded - verify_s) * share
+        slot.stats.add_times(start, stages, 1 / len(slots))
     return won
 
 

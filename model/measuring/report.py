@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.base.whole_file import whole_file
+from model.decoding.step import STAGES
 from model.engine import Engine
 from model.errors import DataError, OutputError
 
@@ -63,6 +64,25 @@ def _lines(path: str) -> list[str]:
         return Path(path).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
+
+
+def stages(result: dict[str, Any]) -> str:
+    """Return where the time of a drafted step goes, as text."""
+    spent: dict[str, float] = result["stages_us"]
+    total = sum(spent.values())
+    return "\n".join(f"{stage:8} {us:10.1f} us  {us / total:6.1%}" for stage, us in spent.items())
+
+
+def chrome_trace(timeline: list[tuple[float, ...]]) -> dict[str, Any]:
+    """Return a text's steps as chrome://tracing and Perfetto read them: an event per stage, in microseconds."""
+    events = list[dict[str, Any]]()
+    for number, (start, *spent) in enumerate(timeline):
+        at = start - timeline[0][0]
+        for stage, seconds in zip(STAGES, spent, strict=True):
+            event = {"name": stage, "ph": "X", "ts": 1e6 * at, "dur": 1e6 * seconds, "pid": 0, "tid": 0}
+            events.append({**event, "args": {"step": number}})
+            at += seconds
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
 
 
 def table(results: list[dict[str, Any]]) -> str:

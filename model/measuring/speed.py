@@ -13,7 +13,7 @@ from statistics import median
 from typing import Any
 
 from model.decoding.generation import Generation, Request
-from model.decoding.step import Stats
+from model.decoding.step import STAGES, Stats
 from model.engine import Decoder, Engine
 
 
@@ -67,6 +67,7 @@ def _compare(engine: Engine, plain: Decoder, medusa: Decoder, requests: Sequence
         "decode_us": stats.decode_s * micro,
         "verify_us": stats.verify_s * micro,
         "other_us": stats.other_s * micro,
+        "stages_us": {stage: getattr(stats, f"{stage}_s") * micro for stage in STAGES},
         "equal_sequences": len(texts) - len(divergences),
         "sequences": len(texts),
         "divergences": [asdict(d) for d in divergences],
@@ -114,5 +115,5 @@ def _add(total: Stats, one: Stats) -> None:
     for n, steps in one.sizes.items():
         total.sizes[n] = total.sizes.get(n, 0) + steps
     counts = ("steps", "emitted", "head_steps", "branch_drafted", "branch_accepted")
-    for name in (*counts, "draft_s", "decode_s", "verify_s", "other_s"):
+    for name in (*counts, *(f"{stage}_s" for stage in STAGES)):
         setattr(total, name, getattr(total, name) + getattr(one, name))
