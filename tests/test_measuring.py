@@ -34,7 +34,8 @@ def requests(engine: Engine, temperature: float = 0.0, tokens: int = 40) -> list
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_the_proofs_hold(engine: Engine, temperature: float) -> None:
     cases = prove(engine, requests(engine, temperature), [Tree.chain(3), Tree.product([3, 2])])
-    assert [c.name.split(",")[0] for c in cases] == ["heads", "right drafts", "random drafts", "wrong drafts"] * 2
+    kinds = ["heads", "right drafts", "random drafts", "wrong drafts"]
+    assert [c.name.split(",")[0] for c in cases] == [*kinds, "heads", "heads and text so far", *kinds[1:]]
     for case in cases:
         assert case.holds, case
         assert case.texts == 2 and (case.chains_equal is None) == ("tree" in case.name)

@@ -29,6 +29,8 @@ from model.trees.tree import Tree
 Float32Array = npt.NDArray[np.float32]
 NOISE = 2.0  # right texts were seen at up to 1.1 floors, the faults below from 2.8 on (benchmarks/results/NOTES.md)
 CHAIN = 4
+BRANCH = 3  # tokens from the text so far
+BOTH = "heads and text so far"
 DECOYS = 24  # at the most, beside one token
 
 
@@ -124,7 +126,8 @@ def prove(engine: Engine, requests: Sequence[Request], trees: Sequence[Tree]) ->
         floor = noise_floor(replayer, ours)
         for tree in trees:
             for name, drafter in drafters(engine, tree).items():
-                with engine.decoder_for(FixedPlan(tree), drafter) as decoder:
+                branch = BRANCH if name == BOTH else 0
+                with engine.decoder_for(FixedPlan(tree, branch), drafter, ngrams=branch > 0) as decoder:
                     texts = [_write(decoder, r, tree, own.slot.tokens) for r, own in zip(requests, ours, strict=True)]
                 replays = [replay(replayer, text, floor) for text in texts]
                 cases.append(_judge(f"{name}, {describe(tree)}", engine, plain, tree, requests, ours, texts, replays))
@@ -159,10 +162,15 @@ def _replayer(engine: Engine) -> LlamaBase:
 
 
 def drafters(engine: Engine, tree: Tree) -> dict[str, Drafter | None]:
-    """Return the heads' drafter, none (then the text is known), a random one, and one of a token never written."""
+    """Return the heads' drafter, none (then the text is known), a random one, and one of a token never written.
+
+    Trees with siblings are drafted by the heads together with the text so far, too.
+    """
     shape = (tree.max_depth, tree.n_ranks)
+    heads = engine.drafter(tree)
     return {
-        "heads": engine.drafter(tree),
+        "heads": heads,
+        **({BOTH: heads} if len(tree.leaves) > 1 else {}),
         "right drafts": None,
         "random drafts": RandomDrafter(engine.file.n_vocab, *shape),
         "wrong drafts": ConstantDrafter(engine.model.bos if engine.model.bos >= 0 else 0, *shape),

@@ -1,0 +1,66 @@
+"""What drafting costs and wins on this machine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from commands.common import (
+    open_engine,
+    prompts_option,
+    trial_requests,
+)
+from config import Settings
+from model.decoding.sampling import SamplingParams
+from model.measuring.report import check_writable, read_prompts
+from model.measuring.tuning import live_decoder, tuned
+
+
+@click.command()
+@prompts_option
+@click.option("--temperature", default=0.0, help="0 is greedy.")
+@click.option("--draft_vocab", default=0, type=click.IntRange(0), help="As for generate and bench.")
+@click.option(
+    "--max_tokens", default=96, type=click.IntRange(16), help="New tokens per text, to measure the best tree."
+)
+@click.option("--n_prompts", default=6, type=click.IntRange(1), help="Measure on the first so many prompts.")
+@click.option("--png", default="tune.png", type=click.Path(path_type=Path), help="Where the picture goes.")
+def tune(prompts: Path, temperature: float, draft_vocab: int, max_tokens: int, n_prompts: int, png: Path) -> None:
+    """Measure what a step costs here, find the tree that pays, and try it."""
+    from model.measuring.speed import compare
+    from model.measuring.tuning_report import draw
+    from model.measuring.tuning_report import table as tuning_table
+
+    check_writable(png)
+    engine, sampling = open_engine(Settings.load()), SamplingParams(temperature)
+    heads = engine.weights is not None
+    if not heads:
+        click.echo(f"no heads for {engine.file.name}: only the text so far can draft", err=True)
+    tuning = tuned(
+        engine, trial_requests(engine, sampling), heads=heads, draft_vocab=draft_vocab, afresh=True, budget_s=3.0
+    )
+    choices = tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes)
+    best = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes)
+    click.echo(f"{engine.file.name} ({engine.file.file_type}), {engine.options.n_threads} threads")
+    click.echo(tuning_table(tuning, choices, best))
+    requests = [
+        engine.request(p, max_tokens, sampling=replace(sampling, seed=i))
+        for i, p in enumerate(read_prompts(prompts)[:n_prompts])
+    ]
+    for name in ("this tree in every step", "the live plan"):
+        if name == "the live plan":
+            medusa = live_decoder(engine, tuning, ngrams=True, draft_vocab=draft_vocab)
+        elif len(best.tree) == 1:
+            continue
+        else:
+            medusa = engine.decoder(best.tree, draft_vocab=draft_vocab)
+        with medusa:
+            result = compare(engine, requests, medusa, runs=1)
+        click.echo(
+            f"measured on {len(requests)} prompts, {name}: {result['speedup']:.2f}x, "
+            f"{result['acceptance_length']:.2f} tokens a step, {result['tree_nodes'] - 1:.1f} drafted"
+        )
+    draw(png, tuning, choices, best)
+    click.echo(f"picture: {png}")
