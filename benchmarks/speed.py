@@ -1,7 +1,10 @@
 """The whole comparison: one behaviour at several costs, plain against drafted, measured beside what was predicted.
 
-    python benchmarks/speed.py                      # make bench: all types, temperatures 0 and 0.8
-    python benchmarks/speed.py --types bf16 --temperatures 0
+    python benchmarks/speed.py                                    # make bench: all types, temperatures 0 and 0.8
+    python benchmarks/speed.py --what worst --types q4_0          # useless heads, foreign text, long prompts
+    python benchmarks/speed.py --what sweep --types bf16          # every size beside the tuned one
+    python benchmarks/speed.py --what copying --types bf16        # a text of the prompt is written once more
+    python benchmarks/speed.py --what others --types q4_0         # llama-cpp-python's own loop and prompt lookup
 
 The model is the one of scale_up.py: it writes what the bundled model writes, at the cost of 1 B parameters. Plain
 decoding has a context of its own; both take turns in one process. Writes speed.json and speed.md under
@@ -12,8 +15,10 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,15 +27,18 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 import click  # noqa: E402
+import llama_cpp  # noqa: E402
+from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # noqa: E402
 
 from benchmarks.scale_up import BUNDLED, build  # noqa: E402
 from config import HEADS_FOLDER, Settings  # noqa: E402
+from model.decoding.drafting import RandomDrafter  # noqa: E402
 from model.decoding.generation import Request  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.engine import Decoder, Engine, EngineOptions  # noqa: E402
 from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
 from model.measuring.speed import compare  # noqa: E402
-from model.measuring.tuning import Tuning, live_decoder, measure  # noqa: E402
+from model.measuring.tuning import RANKS, Tuning, live_decoder, measure  # noqa: E402
 
 PROMPTS = ROOT / "benchmarks" / "prompts"
 TYPES = ("bf16", "q4_0+q4_0", "q4_0", "q4_k_m")  # type, + the LM head's where it differs from llama.cpp's choice
@@ -42,16 +50,26 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def requests_for(engine: Engine, file: str, temperature: float, n: int, tokens: int) -> list[Request]:
-    """Return requests for the first prompts of a file, each with a seed of its own.
+def prompts_for(engine: Engine, what: str) -> list[str]:
+    """Return the texts to go on with."""
+    held_out = read_prompts(PROMPTS / "python.jsonl")
+    if what == "copying":  # a text, and its beginning once more
+        return [f"{p}\n\n\n{p[: len(p) // 3]}" for p in held_out]
+    if what == "foreign":  # English, for a model of Python
+        return [t for t in (ROOT / "README.md").read_text(encoding="utf-8").split("\n\n") if len(t) > 200]
+    if what == "long":
+        return ["\n\n\n".join(held_out[i : i + 4]) for i in range(0, len(held_out), 2)]
+    return read_prompts(PROMPTS / "trial.jsonl") if what == "trial" else held_out
 
-    "copying": a text of the held-out ones, and its beginning once more, which the model is to go on with.
-    """
-    if file == "copying":
-        prompts = [f"{p}\n\n\n{p[: len(p) // 3]}" for p in read_prompts(PROMPTS / "python.jsonl")[:n]]
-    else:
-        prompts = read_prompts(PROMPTS / f"{file}.jsonl")[:n]
-    return [engine.request(p, tokens, sampling=SamplingParams(temperature, seed=i)) for i, p in enumerate(prompts)]
+
+def requests_for(engine: Engine, what: str, temperature: float, n: int, tokens: int) -> list[Request]:
+    """Return requests for the first n texts, each with a seed of its own; long ones are cut to fit the context."""
+    room = engine.context - tokens
+    requests = [
+        engine.request(p, tokens, sampling=SamplingParams(temperature, seed=i))
+        for i, p in enumerate(prompts_for(engine, what)[:n])
+    ]
+    return [replace(r, prompt=r.prompt[:room]) for r in requests]
 
 
 def measured(
@@ -78,15 +96,53 @@ def measured(
     }
 
 
-def cases(engine: Engine, tuning: Tuning, ngrams_only: Tuning) -> dict[str, Decoder]:
-    """Return the ways to draft: the best tree in every step, and the live plan with each kind and both."""
-    best = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes)
-    ways = {} if len(best.tree) == 1 else {f"heads, {len(best.tree) - 1} fixed": engine.decoder(best.tree)}
-    return ways | {
-        "heads": live_decoder(engine, tuning, ngrams=False),
-        "text so far": live_decoder(engine, ngrams_only, ngrams=True),
-        "both": live_decoder(engine, tuning, ngrams=True),
+def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, str, Decoder]]:
+    """Yield who drafts, the kind of prompts and the decoder; each is closed before the next is made."""
+    context, most = tuning.curve.contexts[0], engine.options.max_nodes
+    best, without = tuning.best(context, most), replace(tuning, draft_s=[], accuracies=[])
+    if what == "sweep":
+        for choice in tuning.choices(context, min(most, 16))[1:]:
+            mark = ", the tuned one" if choice.tree.paths == best.tree.paths else ""
+            yield f"heads, {len(choice.tree) - 1} fixed{mark}", "python", engine.decoder(choice.tree)
+    elif what == "worst":
+        for ngrams in (False, True):
+            useless = live_decoder(engine, tuning, ngrams=ngrams)
+            if useless.drafter is not None:
+                useless.drafter = RandomDrafter(engine.file.n_vocab, engine.n_heads, RANKS)
+            yield f"useless heads{' and text so far' * ngrams}", "python", useless
+        yield "both, foreign text", "foreign", live_decoder(engine, tuning, ngrams=True)
+        yield "both, long prompts", "long", live_decoder(engine, tuning, ngrams=True)
+    else:
+        if what == "usual" and len(best.tree) > 1:
+            yield f"heads, {len(best.tree) - 1} fixed", "python", engine.decoder(best.tree)
+        kind = "copying" if what == "copying" else "python"
+        yield "heads", kind, live_decoder(engine, tuning, ngrams=False)
+        yield "text so far", kind, live_decoder(engine, without, ngrams=True)
+        yield "both", kind, live_decoder(engine, tuning, ngrams=True)
+
+
+def others(path: Path, requests: list[Request], threads: int) -> dict[str, float]:
+    """Return tokens/s of llama-cpp-python's own loop, without and with its prompt lookup, on the same prompts."""
+    lookups = {
+        "llama-cpp-python": None,
+        "llama-cpp-python, prompt lookup of 10": LlamaPromptLookupDecoding(num_pred_tokens=10),
+        "llama-cpp-python, prompt lookup of 3": LlamaPromptLookupDecoding(num_pred_tokens=3),
     }
+    rates = {}
+    for name, lookup in lookups.items():
+        llm = llama_cpp.Llama(
+            str(path), n_ctx=0, n_threads=threads, n_threads_batch=threads, draft_model=lookup, verbose=False
+        )
+        tokens, seconds = 0, 0.0
+        for request in requests:
+            pieces = llm.generate(request.prompt, temp=request.sampling.temperature, top_k=0, top_p=1.0, min_p=0.0)
+            next(pieces)  # the prompt
+            since = perf_counter()
+            tokens += sum(1 for _ in zip(range(request.max_tokens - 1), pieces, strict=False))
+            seconds += perf_counter() - since
+        llm.close()
+        rates[name] = tokens / seconds
+    return rates
 
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
@@ -106,13 +162,23 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 @click.option("--n_prompts", default=12, show_default=True)
 @click.option("--max_tokens", default=160, show_default=True)
 @click.option("--runs", default=1, show_default=True, help="How often every text is written each way.")
-@click.option("--copying", is_flag=True, help="Prompts that hold a file which is being written once more.")
-@click.option("--out", type=click.Path(path_type=Path), default=ROOT / "benchmarks" / "results" / "speed")
+@click.option("--what", type=click.Choice(["usual", "worst", "sweep", "copying", "others"]), default="usual")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Without suffix.", show_default="benchmarks/results/speed…"
+)
 def main(
-    types: str, temperatures: str, shape: str, n_prompts: int, max_tokens: int, runs: int, copying: bool, out: Path
+    types: str,
+    temperatures: str,
+    shape: str,
+    n_prompts: int,
+    max_tokens: int,
+    runs: int,
+    what: str,
+    out: Path | None,
 ) -> None:
     """Measure every type at every temperature."""
     settings, rows = Settings.load(), list[dict[str, Any]]()
+    out = out or ROOT / "benchmarks" / "results" / f"speed{'' if what == 'usual' else f'_{what}'}"
     options = EngineOptions(settings.n_threads, settings.model_context_size, settings.n_gpu_layers, max_nodes=32)
     for kind in types.split(",") if shape != "tiny" else [""]:
         model, heads = BUNDLED, None
@@ -121,18 +187,32 @@ def main(
             scaled = build(shape, main_type.upper(), output_type.upper() or None)
             model, heads = scaled.model, scaled.heads
         engine = Engine(model, options, heads, HEADS_FOLDER)
+        about = {**facts(engine), "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])}
         for temperature in map(float, temperatures.split(",")):
-            file = "copying" if copying else "python"
-            requests = requests_for(engine, file, temperature, n_prompts, max_tokens)
+            labels = {"type": kind or engine.file.file_type, "temperature": temperature}
             trial = requests_for(engine, "trial", temperature, 5, 64)
             tuning = measure(engine, trial, heads=True, budget_s=4.0)
-            for who, decoder in cases(engine, tuning, replace(tuning, draft_s=[], accuracies=[])).items():
-                labels = {"type": kind or engine.file.file_type, "temperature": temperature, "who": who}
-                rows.append(measured(engine, requests, decoder, tuning, runs, **labels))
-                click.echo(markdown(rows[-1:], facts(engine)).splitlines()[-1])
-                about = {**facts(engine), "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])}
-                write_json(out.with_suffix(".json"), {**about, "shape": shape, "rows": rows})
-                out.with_suffix(".md").write_text(markdown(rows, about), encoding="utf-8")
+            for who, texts, decoder in cases(engine, tuning, "usual" if what == "others" else what):
+                requests = requests_for(engine, texts, temperature, n_prompts, max_tokens)
+                rows.append(measured(engine, requests, decoder, tuning, runs, **labels, who=who))
+                click.echo(markdown(rows[-1:], about).splitlines()[-1])
+            if what == "others":
+                requests = requests_for(engine, "python", temperature, n_prompts, max_tokens)
+                for who, rate in others(model, requests, settings.n_threads).items():
+                    plain = rows[-1]["plain_tokens_per_s"]
+                    row = dict.fromkeys((key for key, _ in COLUMNS), "")
+                    rows.append(
+                        row
+                        | labels
+                        | {
+                            "who": who,
+                            "medusa_tokens_per_s": rate,
+                            "speedup": rate / plain,
+                            "plain_tokens_per_s": plain,
+                        }
+                    )
+            write_json(out.with_suffix(".json"), {**about, "shape": shape, "rows": rows})
+            out.with_suffix(".md").write_text(markdown(rows, about), encoding="utf-8")
         engine.model.close()
 
 

@@ -212,7 +212,10 @@ def guess_rates(engine: Engine, drafter: Drafter, requests: Sequence[Request], t
         for request in requests:
             text = plain.start(replace(request, max_tokens=each, stop=()))
             text.run()
-            guesses, wanted = _guesses(base, drafter, text.slot.tokens, text.slot.prompt_length, engine.n_heads)
+            states, wanted = states_and_followers(base, text.slot.tokens, text.slot.prompt_length, engine.n_heads)
+            if not len(states):
+                continue
+            guesses, _ = drafter.draft(states)
             alive = np.ones(len(guesses), np.bool_)
             for k in range(engine.n_heads):
                 right = guesses[:, k] == wanted[:, k, None]  # (n, R)
@@ -226,20 +229,18 @@ def guess_rates(engine: Engine, drafter: Drafter, requests: Sequence[Request], t
     return (hits + PRIOR * padded) / (tries + PRIOR)[:, None], int(tries[0])
 
 
-def _guesses(
-    base: LlamaBase, drafter: Drafter, tokens: list[int], prompt: int, k: int
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]:
-    """Return the heads' guesses (n, K, R) at each new token of a text, and the tokens that did follow (n, K)."""
+def states_and_followers(
+    base: LlamaBase, tokens: list[int], prompt: int, k: int
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
+    """Return the states (n, D) that decided the new tokens of a text, and the k tokens behind each of those (n, k)."""
     ids, states = np.array(tokens, np.int32), list[npt.NDArray[np.float32]]()
     base.clear()
     base.want_states(True)
     for at in range(0, len(ids), base.n_batch):
         base.decode(ids[at : at + base.n_batch], at, 0, outputs=True)
         states.append(base.hidden(len(ids[at : at + base.n_batch])).copy())
-    decided = np.arange(prompt - 1, len(ids) - 1 - k)  # states that decided a token which K more follow
-    if not len(decided):
-        return np.zeros((0, k, RANKS), np.int32), np.zeros((0, k), np.int32)
-    return drafter.draft(np.concatenate(states)[decided])[0], ids[decided[:, None] + 2 + np.arange(k)]
+    decided = np.arange(prompt - 1, len(ids) - 1 - k)
+    return np.concatenate(states)[decided], ids[decided[:, None] + 2 + np.arange(k)]
 
 
 def live_decoder(engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: int = 0, context: int = 0) -> Decoder:
