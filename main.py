@@ -16,6 +16,7 @@ import click
 from commands.bench import bench
 from commands.demo import demo
 from commands.generate import generate
+from commands.requantize import requantize_command
 from commands.tune import tune
 from commands.verify import verify
 from model.errors import MedusaError
@@ -44,7 +45,7 @@ def cli() -> None:
     """Speculative decoding with Medusa heads for any GGUF. MODEL_PATH names the model."""
 
 
-for command in (generate, bench, tune, verify, demo):
+for command in (generate, bench, tune, requantize_command, verify, demo):
     cli.add_command(command)
 
 if __name__ == "__main__":

@@ -27,13 +27,27 @@ from model.measuring.tuning import live_decoder, tuned
 )
 @click.option("--n_prompts", default=6, type=click.IntRange(1), help="Measure on the first so many prompts.")
 @click.option("--png", default="tune.png", type=click.Path(path_type=Path), help="Where the picture goes.")
-def tune(prompts: Path, temperature: float, draft_vocab: int, max_tokens: int, n_prompts: int, png: Path) -> None:
+@click.option("--types", help="Also say what other types would bring, such as q4_0,q4_0+q4_0,bf16 (file+LM head).")
+@click.option("--full", is_flag=True, help="With --types: time whole copies (in TMPDIR), not some of their layers.")
+def tune(
+    prompts: Path,
+    temperature: float,
+    draft_vocab: int,
+    max_tokens: int,
+    n_prompts: int,
+    png: Path,
+    types: str | None,
+    full: bool,
+) -> None:
     """Measure what a step costs here, find the tree that pays, and try it."""
     from model.measuring.speed import compare
     from model.measuring.tuning_report import draw
     from model.measuring.tuning_report import table as tuning_table
+    from model.measuring.types import compare_types, parse_types
+    from model.measuring.types import table as types_table
 
     check_writable(png)
+    names = parse_types(types) if types is not None else []
     engine, sampling = open_engine(Settings.load()), SamplingParams(temperature)
     heads = engine.weights is not None
     if not heads:
@@ -64,3 +78,8 @@ def tune(prompts: Path, temperature: float, draft_vocab: int, max_tokens: int, n
         )
     draw(png, tuning, choices, best)
     click.echo(f"picture: {png}")
+    if names:
+        rows = compare_types(
+            engine, tuning, names, full=full, told=lambda what: click.echo(f"timing {what} ...", err=True)
+        )
+        click.echo(types_table(rows))

@@ -1,6 +1,7 @@
 """What a GGUF file says about its model, without loading it: facts, fingerprints, dequantised tensors.
 
-Also writes requantized copies. Knows file and format; decoding is `llama.py`'s, what heads do with an LM head theirs.
+Also has requantized copies written. Knows file and format; decoding is `llama.py`'s, what heads do with an LM head
+theirs.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,9 @@ import numpy as np
 import numpy.typing as npt
 
 from model.base.gguf_header import read_header
+from model.base.quantizer import TYPES, block_size, file_type, n_bytes, quantize, tensor_type
 from model.base.remember import recall, remember
-from model.base.whole_file import whole_file
+from model.base.whole_file import require_room, whole_file
 from model.errors import ModelFileError, OutputError, UsageError
 
 Float32Array = npt.NDArray[np.float32]
@@ -30,8 +33,8 @@ _CHUNK = 1 << 24
 class GGUFFile:
     """A GGUF model: one file, or the shards of a split one, named by the first.
 
-    Attributes: path; paths (all shards); metadata (by key); architecture; name; n_vocab; n_embd; n_layer;
-    context_length (in training); file_type (such as "Q4_0"); logit_scale and soft_cap, by which
+    Attributes: path; paths (all shards); metadata (by key); tensors (by name); architecture; name; n_vocab; n_embd;
+    n_layer; context_length (in training); file_type (such as "Q4_0"); logit_scale and soft_cap, by which
     logits = cap(logit_scale · W_out·h) with cap(x) = soft_cap · tanh(x / soft_cap), or x where soft_cap is 0;
     tied (the LM head is the embedding matrix). Raises ModelFileError where the file cannot be used.
     """
@@ -39,11 +42,11 @@ class GGUFFile:
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
         self.paths = _shards(self.path)
-        self.metadata, self._tensors = read_header(self.path)
-        self._homes = dict.fromkeys(self._tensors, self.path)
+        self.metadata, self.tensors = read_header(self.path)
+        self._homes = dict.fromkeys(self.tensors, self.path)
         for shard in self.paths[1:]:
             tensors = read_header(shard)[1]
-            self._tensors |= tensors
+            self.tensors |= tensors
             self._homes |= dict.fromkeys(tensors, shard)
         self.architecture = str(self._required("general.architecture", str))
         self.name = str(self.metadata.get("general.name") or self.path.stem).encode("utf-8", "replace").decode()
@@ -81,7 +84,7 @@ class GGUFFile:
         if isinstance(number, int) and (number & ~gguf.LlamaFileType.GUESSED) in known:
             return known[number & ~gguf.LlamaFileType.GUESSED].removeprefix("MOSTLY_").removeprefix("ALL_")
         sizes: dict[str, int] = {}
-        for tensor in self._tensors.values():
+        for tensor in self.tensors.values():
             sizes[tensor.kind.name] = sizes.get(tensor.kind.name, 0) + tensor.n_bytes
         return max(sizes, key=lambda kind: sizes[kind], default="empty")
 
@@ -92,16 +95,20 @@ class GGUFFile:
 
     def has_tensor(self, name: str) -> bool:
         """Say whether the file holds a tensor of this name."""
-        return name in self._tensors
+        return name in self.tensors
+
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """Return one tensor's bytes, mapped from its file."""
+        info = self.tensors[name]
+        return np.memmap(self._homes[name], np.uint8, "r", info.offset, (info.n_bytes,))
 
     def tensor(self, name: str) -> Float32Array:
         """Return one tensor, dequantised: (rows, columns) float32, a copy."""
-        if name not in self._tensors:
+        if name not in self.tensors:
             raise ModelFileError(f"{self.path}: no tensor is named {name}")
-        info = self._tensors[name]
-        raw = np.memmap(self._homes[name], np.uint8, "r", info.offset, (info.n_bytes,))
+        info = self.tensors[name]
         try:
-            values = gguf.quants.dequantize(raw, info.kind)
+            values = gguf.quants.dequantize(self.raw(name), info.kind)
         except NotImplementedError:
             raise ModelFileError(f"{self.path}: {name} is {info.kind.name}, which cannot be dequantised here") from None
         return np.array(values, np.float32).reshape(info.shape)
@@ -163,28 +170,34 @@ def _file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def requantize(source: Path, target: Path, kind: str, output_type: str | None = None) -> None:
-    """Write `source` as a single file of another type, through llama.cpp's quantizer.
+def requantize(source: Path, target: Path, kind: str, output_type: str | None = None, *, threads: int = 0) -> None:
+    """Write `source` as a single file of another type, through llama.cpp's quantizer; `target` is replaced.
 
-    kind: such as "Q4_0" or "F32"; output_type: a tensor type for the LM head, where it should differ.
-    Raises UsageError for an unknown type, OutputError where llama.cpp fails or `target` cannot be written.
+    kind: such as "Q4_0" or "q4_k_m"; output_type: a tensor type for the LM head, where it should differ; threads: 0
+    for all cores. The source may be quantized already; `quantizer.quality_warning` says what that means.
+    Raises UsageError for a type that is unknown or does not fit, and where `target` is the source, ModelFileError for
+    a source that cannot be read, OutputError where llama.cpp fails or `target` cannot be written.
     """
-    import llama_cpp  # here, not above: a file can be read without starting llama.cpp
-
-    from model.base import llama  # noqa: F401  (sends llama.cpp's log to `logging`)
-
-    types = {t.name.removeprefix("MOSTLY_").removeprefix("ALL_"): t for t in gguf.LlamaFileType}
-    outputs = {t.name: t for t in gguf.GGMLQuantizationType}
-    if kind not in types or kind == "GUESSED":
-        raise UsageError(f"quantization {kind!r} is unknown; Q4_0, Q4_K_M, Q8_0, F16 and F32 are some that are known")
-    if output_type is not None and output_type not in outputs:
-        raise UsageError(f"tensor type {output_type!r} is unknown; use one of {', '.join(outputs)}")
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.allow_requantize, params.nthread = int(types[kind]), True, os.cpu_count() or 1
-    if output_type is not None:
-        params.output_tensor_type = int(outputs[output_type])
-    GGUFFile(source)
+    kind, output_type = file_type(kind), output_type and tensor_type(output_type)
+    file = GGUFFile(source)
+    if output_type and file.n_embd % block_size(output_type):  # llama.cpp would abort, or write nonsense
+        raise UsageError(
+            f"tensor type {output_type.lower()!r} cannot hold this LM head: rows of {file.n_embd} weights are no "
+            f"multiple of {block_size(output_type)}; use another, such as q8_0 or q4_0"
+        )
+    require_other_file(file, target)
+    head = file.n_vocab * file.n_embd
+    rest = sum(prod(tensor.shape) for tensor in file.tensors.values()) - head
+    least = TYPES[kind]  # some layers of a mixed type take more
+    require_room(target, n_bytes(least, rest) + n_bytes(output_type or least, head))
     with whole_file(target) as draft:
         draft.touch()  # where this fails the reason is known, where llama.cpp does it is not
-        if llama_cpp.llama_model_quantize(str(source).encode(), str(draft).encode(), params) != 0:
-            raise OutputError(f"{target}: llama.cpp could not write {source} as {kind}")
+        quantize(file.path, draft, kind, output_type, threads or os.cpu_count() or 1)
+
+
+def require_other_file(source: GGUFFile, target: Path) -> None:
+    """Raise UsageError where writing `target` would destroy the source, OutputError where it is a folder."""
+    if target.is_dir():
+        raise OutputError(f"{target}: this is a folder; name a file in it")
+    if target.exists() and any(target.samefile(path) for path in source.paths):
+        raise UsageError(f"{target}: this is the file that is read; write to another")

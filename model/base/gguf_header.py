@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import mmap
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
+import numpy.typing as npt
 
 from model.errors import ModelFileError
 
 MAGIC = b"GGUF"
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 _NAMES = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 7: "?", 10: "<u8", 11: "<i8", 12: "<f8"}
 _DTYPES = {kind: np.dtype(name) for kind, name in _NAMES.items()}
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -97,13 +100,39 @@ class _Cursor:
 
 def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     """Return metadata by key and tensors by name. Raises ModelFileError where the file is none or is damaged."""
+    return _read(path, _header)
+
+
+def read_pairs(path: Path) -> dict[str, bytes]:
+    """Return each key's bytes as they stand in the file: key, type, value. Raises as `read_header`."""
+    return _read(path, _pairs)
+
+
+def number_pair(key: str, value: int) -> bytes:
+    """Return the bytes of a key with an unsigned 32-bit number."""
+    return text_bytes(key) + struct.pack("<II", _UINT32, value)
+
+
+def array_pair(key: str, values: npt.NDArray[Any]) -> bytes:
+    """Return the bytes of a key with an array of numbers, of the type that they have."""
+    kind = next(kind for kind, dtype in _DTYPES.items() if dtype == values.dtype)
+    return text_bytes(key) + struct.pack("<IIQ", _ARRAY, kind, len(values)) + values.tobytes()
+
+
+def text_bytes(text: str) -> bytes:
+    """Return a text's bytes with their number before them."""
+    data = text.encode("utf-8", "surrogateescape")
+    return struct.pack("<Q", len(data)) + data
+
+
+def _read(path: Path, parse: Callable[[_Cursor], T]) -> T:
     try:
         with path.open("rb") as f:
             size = path.stat().st_size
             if size < 24 or f.read(4) != MAGIC:
                 raise ModelFileError(f"{path}: this is not a GGUF file (it does not begin with {MAGIC.decode()})")
             with mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
-                return _read(data, size)
+                return parse(_Cursor(data))
     except IsADirectoryError:
         raise ModelFileError(f"{path}: this is a folder; name a .gguf file in it") from None
     except FileNotFoundError:
@@ -114,12 +143,26 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
         raise ModelFileError(f"{path}: the file is damaged or cut off ({error}); fetch it again") from None
 
 
-def _read(data: mmap.mmap, size: int) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
-    cursor = _Cursor(data)
+def _counts(cursor: _Cursor) -> tuple[int, int]:
+    """Return how many tensors and how many keys follow."""
     cursor.take(4)
     version, n_tensors, n_keys = cursor.number("<I"), cursor.number("<Q"), cursor.number("<Q")
     if version not in (2, 3):
         raise _Damaged(f"its format version is {version}, not 2 or 3")
+    return n_tensors, n_keys
+
+
+def _pairs(cursor: _Cursor) -> dict[str, bytes]:
+    pairs: dict[str, bytes] = {}
+    for _ in range(_counts(cursor)[1]):
+        start, key = cursor.at, cursor.string()
+        cursor.value(cursor.number("<I"))
+        pairs[key] = cursor.data[start : cursor.at]
+    return pairs
+
+
+def _header(cursor: _Cursor) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    n_tensors, n_keys = _counts(cursor)
     metadata: dict[str, Any] = {}
     for _ in range(n_keys):
         key = cursor.string()
@@ -131,6 +174,7 @@ def _read(data: mmap.mmap, size: int) -> tuple[dict[str, Any], dict[str, TensorI
     start = -(-cursor.at // align) * align
     tensors = {t.name: TensorInfo(t.name, t.kind, t.shape, start + t.offset, t.n_bytes) for t in infos}
     for t in tensors.values():
-        if t.offset + t.n_bytes > size:
-            raise _Damaged(f"tensor {t.name!r} should end at byte {t.offset + t.n_bytes:,}, the file has {size:,}")
+        if t.offset + t.n_bytes > len(cursor.data):
+            end = f"{t.offset + t.n_bytes:,}"
+            raise _Damaged(f"tensor {t.name!r} should end at byte {end}, the file has {len(cursor.data):,}")
     return metadata, tensors

@@ -14,12 +14,12 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
+from model.base.child import ending, run_module
 from model.base.gguf_file import GGUFFile
 from model.base.remember import recall, remember
 from model.errors import MedusaError, ModelFileError
 
 log = logging.getLogger(__name__)
-_ROOT = Path(__file__).resolve().parents[2]
 _VERSION = 2  # of this check: an older one's successes are not trusted
 UTF8_BYTES = (*range(0x80), *range(0x80, 0xC0), *range(0xC2, 0xF5))
 # Characters in which each of these bytes stands: all of one or two bytes, every 1985th of the longer ones.
@@ -37,17 +37,8 @@ def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
     if recall("loads").get(key):
         return file
     _require_byte_pieces(file)
-    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    env = {
-        **os.environ,
-        "PYTHONPATH": paths,
-        "GGML_NO_BACKTRACE": "1",
-    }  # a backtrace starts a debugger where there is one
-    command = [sys.executable, "-m", "model.base.load_check", str(file.path.resolve())]
     try:
-        child = subprocess.run(
-            command, env=env, capture_output=True, text=True, errors="replace", timeout=timeout, check=False
-        )
+        child = run_module("model.base.load_check", str(file.path.resolve()), timeout=timeout)
     except subprocess.TimeoutExpired:
         raise ModelFileError(f"{path}: llama.cpp did not load this file within {timeout:.0f} s") from None
     log.debug("loading %s in a child process:\n%s", path, child.stderr)
@@ -74,11 +65,10 @@ def _require_byte_pieces(file: GGUFFile) -> None:
 
 
 def _death(status: int) -> str:
-    """Say in words how the child ended; a negative status is the signal that ended it."""
+    """Say in words how the child ended."""
     if status == -signal.SIGKILL:
         return "loading it was stopped from outside (SIGKILL); is there enough memory?"
-    how = signal.Signals(-status).name if -status in set(signal.Signals) else f"status {status}"
-    return f"llama.cpp crashed on this file ({how}); it is damaged, fetch it again"
+    return f"llama.cpp crashed on this file ({ending(status)}); it is damaged, fetch it again"
 
 
 def _try(path: Path) -> None:

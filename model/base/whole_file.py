@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -30,3 +31,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+def require_room(path: Path, n_bytes: int) -> None:
+    """Raise OutputError where the disk that `path` is to lie on has fewer bytes free; its folder may not exist yet."""
+    folder = next((f for f in path.absolute().parents if f.is_dir()), None)
+    if folder is not None and (free := shutil.disk_usage(folder).free) < n_bytes:
+        need = f"{n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        raise OutputError(f"{path}: {need}; choose another folder or make room")

@@ -145,14 +145,14 @@ def step_curve(engine: Engine, budget_s: float = 1.0) -> CostCurve:
     contexts = sorted({max(2, min(c, engine.context // 2)) for c in CONTEXTS})
     widest = FixedPlan(Tree.product([LANES]))
     with engine.base(widest, context=contexts[-1] + SIZES[-1]) as base:
-        timer = _StepTimer(base)
+        timer = StepTimer(base)
         plain = timer.run(1, contexts[0])
         most = min(engine.options.max_nodes, 64 if plain < 0.005 else 32 if plain < 0.05 else 16)
         sizes = [n for n in SIZES if n <= most]
         return measure_curve(timer.run, sizes if len(sizes) > 1 else [1, 2], contexts, budget_s=budget_s)
 
 
-class _StepTimer:
+class StepTimer:
     """Steps of any size over one made-up text, which is as long again after each."""
 
     def __init__(self, base: LlamaBase) -> None:

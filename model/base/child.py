@@ -1,0 +1,32 @@
+"""Run one of our modules in a child process: llama.cpp aborts on some files, and works on without hearing Ctrl-C.
+
+Knows no file and no llama.cpp; the module's `__main__` does.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_module(module: str, *arguments: str, timeout: float | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m module arguments…` to its end and return what it wrote; it dies with an exception in here.
+
+    timeout: seconds. Raises subprocess.TimeoutExpired.
+    """
+    paths = os.pathsep.join([str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    env = {**os.environ, "PYTHONPATH": paths, "GGML_NO_BACKTRACE": "1"}  # a backtrace starts a debugger if it finds one
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        env=env, capture_output=True, text=True, errors="replace", timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def ending(status: int) -> str:
+    """Say in words how a child ended that did not end by itself; a negative status is the signal that ended it."""
+    return signal.Signals(-status).name if -status in set(signal.Signals) else f"status {status}"
