@@ -122,7 +122,7 @@ def shape_of(base: GGUFFile) -> Shape:
         raise ModelFileError(f"{base.path}: cannot be grown, for its number of heads is {heads!r}")
     width = keys.get("attention.key_length", base.n_embd // heads)
     kv_heads, ffn = keys.get("attention.head_count_kv", heads), keys.get("feed_forward_length")
-    sizes = (base.n_embd, base.n_layer, heads, kv_heads, width, ffn, base.n_vocab)
+    sizes: tuple[Any, ...] = (base.n_embd, base.n_layer, heads, kv_heads, width, ffn, base.n_vocab)
     if not all(type(size) is int and size > 0 for size in sizes) or not keys.get("attention.layer_norm_rms_epsilon"):
         raise ModelFileError(f"{base.path}: cannot be grown, for a size or the norms' epsilon is missing or no number")
     if any(keys.get(key, width) != width for key in ("attention.value_length", "rope.dimension_count")):

@@ -26,7 +26,7 @@ import click  # noqa: E402
 import torch  # noqa: E402
 
 from config import HEADS_FOLDER, Settings  # noqa: E402
-from model.base.chat import ChatTemplate  # noqa: E402
+from model.base.chat import template_of  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
 from model.base.lm_head import check_lm_head  # noqa: E402
@@ -71,7 +71,10 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
 
         # The text: documents, tokens, windows; some of them are kept for validation.
         documents = read_documents(options.dataset_name, options.dataset_split)
-        samples = make_samples(documents, model, chat_template(file), max_length, options.max_tokens)
+        samples = make_samples(
+            documents, model, template_of(file.metadata), max_length, options.max_tokens,
+            vocabulary=file.heads_fingerprint(),
+        )  # fmt: skip
         learn, check = split_samples(samples, options.val_fraction, options.seed)
         n_tokens = sum(len(sample.tokens) for sample in samples)
         click.echo(
@@ -223,16 +226,6 @@ def data_source(options: TrainOptions) -> str:
         return f"standard library of Python {sysconfig.get_python_version()}"
     local = Path(options.dataset_name).expanduser().exists()
     return options.dataset_name if local else f"{options.dataset_name} [{options.dataset_split}]"
-
-
-def chat_template(file: GGUFFile) -> ChatTemplate:
-    """Return the GGUF's chat template, or Vicuna's."""
-
-    def piece(kind: str) -> str:
-        number = file.metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        return str(file.metadata["tokenizer.ggml.tokens"][number]) if isinstance(number, int) else ""
-
-    return ChatTemplate(file.metadata.get("tokenizer.chat_template"), bos=piece("bos"), eos=piece("eos"))
 
 
 def absolute(options: TrainOptions) -> TrainOptions:

@@ -164,7 +164,7 @@ def test_decoding_runs_without_torch() -> None:
 
 
 @pytest.mark.parametrize("installed", [True, False])
-@pytest.mark.parametrize("script", ["main.py", "model/train_medusa.py"])
+@pytest.mark.parametrize("script", ["main.py", "model/train_medusa.py", "model/distill.py"])
 def test_entry_points_run_from_any_directory(script: str, installed: bool, tmp_path: Path) -> None:
     """`-S` reads no .pth files: the editable install is unseen, its dependencies are named by hand."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}

@@ -7,6 +7,7 @@ Knows nothing of tokens.
 from __future__ import annotations
 
 import datetime
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -77,6 +78,16 @@ class ChatTemplate:
             parts += [Segment(asked[len(done) :], False), Segment(full[len(asked) :], True)]
             done = full
         return [part for part in parts if part.text]
+
+
+def template_of(metadata: Mapping[str, Any]) -> ChatTemplate:
+    """Return the chat template that a GGUF's metadata holds, or Vicuna's."""
+
+    def piece(kind: str) -> str:
+        number = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        return str(metadata["tokenizer.ggml.tokens"][number]) if isinstance(number, int) else ""
+
+    return ChatTemplate(metadata.get("tokenizer.chat_template"), bos=piece("bos"), eos=piece("eos"))
 
 
 def _line(error: Exception) -> str:

@@ -127,7 +127,12 @@ class LaneRows:
 
 
 class LlamaBase:
-    """One llama.cpp context: a KV cache and the batches that are decoded into it."""
+    """One llama.cpp context: a KV cache and the batches that are decoded into it.
+
+    unified: all sequences share the cells, as trees need it. Otherwise each has its own, n_ctx / n_seq_max of them, and
+    a token looks at no other sequence's: for many plain texts at once. The bundled model in Q4_0, 32 texts, one thread:
+    0.48 of the CPU time per token at 100 to 160 tokens of context, 0.34 at 100 to 350.
+    """
 
     def __init__(
         self,
@@ -140,6 +145,7 @@ class LlamaBase:
         embeddings: bool = False,
         flash_attn: bool | None = None,
         kv_type: str = "f16",
+        unified: bool = True,
     ) -> None:
         if kv_type not in KV_TYPES:
             raise UsageError(f"KV type {kv_type!r} is unknown; use one of {', '.join(KV_TYPES)}")
@@ -149,7 +155,7 @@ class LlamaBase:
             raise UsageError(f"{n_seq_max} sequences asked for; llama.cpp takes 1 to {MAX_SEQUENCES}")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = n_ctx, min(n_batch, n_ctx), min(n_batch, n_ctx)
-        params.n_seq_max, params.kv_unified, params.swa_full = n_seq_max, True, True
+        params.n_seq_max, params.kv_unified, params.swa_full = n_seq_max, unified, True
         params.n_threads = params.n_threads_batch = n_threads
         params.embeddings, params.pooling_type = embeddings, llama_cpp.LLAMA_POOLING_TYPE_NONE
         if flash_attn is None and kv_type not in QUANTIZED_KV and not llama_cpp.llama_supports_gpu_offload():

@@ -6,7 +6,7 @@ The tokenizer is the GGUF's own. Knows neither file formats nor hidden states.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,9 @@ import numpy.typing as npt
 from model.base.chat import ChatTemplate, Segment
 from model.errors import DataError
 from model.training.documents import Document
+
+Ids = npt.NDArray[np.int32]
+Mask = npt.NDArray[np.bool_]
 
 
 class Tokenizer(Protocol):
@@ -45,31 +48,38 @@ class Sample:
 
 
 def make_samples(
-    documents: Iterable[Document], tokenizer: Tokenizer, template: ChatTemplate, max_length: int, max_tokens: int = 0
+    documents: Iterable[Document],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    max_length: int,
+    max_tokens: int = 0,
+    *,
+    vocabulary: str = "",
 ) -> list[Sample]:
     """Tokenize documents and cut them into windows of at most max_length tokens.
 
     Each window begins with the model's begin mark where it has one; of a conversation only the
-    assistant's tokens are targets. max_tokens: stop there (0: take all). Records that cannot be used, or that the
-    template refuses, are skipped and counted in one line. Raises DataError when nothing is left.
+    assistant's tokens are targets. Recorded ids are taken as they are. max_tokens: stop there (0: take all).
+    vocabulary: the model's `heads_fingerprint`. Records that cannot be used, or that the template refuses, are skipped
+    and counted in one line. Raises DataError when nothing is left, and for ids of another vocabulary.
     """
     samples: list[Sample] = []
     skipped: list[str] = []  # where and why
-    encode = _encoder(tokenizer)
-    first = tokenizer.tokenize("", add_bos=True)[:1]
-    bos = first[first == tokenizer.bos]
+    encoder = PartEncoder(tokenizer)
+    bos = encoder.bos
     budget = max_tokens
     for number, document in enumerate(documents):
+        if document.recorded and document.recorded.vocabulary != vocabulary:
+            raise DataError(
+                f"{document.name}: holds ids of {document.recorded.base} (vocabulary "
+                f"{document.recorded.vocabulary[:12]}), which mean something else to this model (vocabulary "
+                f"{vocabulary[:12] or 'unknown'}); distil anew with this model, or give it text"
+            )
         try:
-            parts = _parts(document, template)
+            tokens, mask = _encode(document, encoder, template)
         except DataError as error:
             skipped.append(f"{document.name}: {error}")
             continue
-        rows = [encode(part.text, bool(document.messages), i > 0) for i, part in enumerate(parts)]
-        tokens = np.concatenate([np.empty(0, np.int32), *rows])
-        mask = np.repeat([part.answer for part in parts], [len(row) for row in rows]).astype(np.bool_)
-        if len(bos) and len(tokens) and tokens[0] == tokenizer.bos:  # the template wrote it
-            tokens, mask = tokens[1:], mask[1:]
         window = max_length - len(bos)
         for at in range(0, len(tokens), window):
             piece, learn = tokens[at : at + window], mask[at : at + window]
@@ -94,26 +104,49 @@ def make_samples(
     return samples
 
 
-def _parts(document: Document, template: ChatTemplate) -> list[Segment]:
-    """Cut a document into what is given and what is to be learnt. Raises DataError where it cannot be used."""
+def _encode(document: Document, encoder: PartEncoder, template: ChatTemplate) -> tuple[Ids, Mask]:
+    """Return a document's ids without the begin mark, and what is to be learnt of them: (T,) each.
+
+    Raises DataError where it cannot be used.
+    """
     if document.problem:
         raise DataError(document.problem)
-    return template.segments(list(document.messages)) if document.messages else [Segment(document.text, True)]
+    if document.recorded:
+        return encoder.without_bos(document.recorded.tokens, document.recorded.mask)
+    if document.messages:
+        return encoder.join(template.segments(list(document.messages)), special=True)
+    return encoder.join([Segment(document.text, True)])
 
 
-def _encoder(tokenizer: Tokenizer) -> Callable[[str, bool, bool], npt.NDArray[np.int32]]:
-    """Return a function that encodes parts of one text as if they stood together.
+class PartEncoder:
+    """Encodes parts of one text as if they stood together. bos: the model's begin mark, (1,); (0,) where it has none.
 
     Tokenizers that put a space before every text would put a second one before a part that begins with a space.
     """
-    start = tokenizer.tokenize("a", add_bos=False)
-    adds_space = tokenizer.piece(int(start[0])).startswith(b" ") if len(start) else False
 
-    def encode(text: str, special: bool, later: bool) -> npt.NDArray[np.int32]:
-        cut = int(later and adds_space and text.startswith(" "))
-        return tokenizer.tokenize(text[cut:], add_bos=False, parse_special=special)
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        start = tokenizer.tokenize("a", add_bos=False)
+        self._adds_space = tokenizer.piece(int(start[0])).startswith(b" ") if len(start) else False
+        first = tokenizer.tokenize("", add_bos=True)[:1]
+        self.bos: Ids = first[first == tokenizer.bos]
 
-    return encode
+    def encode(self, text: str, *, special: bool = False, later: bool = False) -> Ids:
+        """Return the ids of one part; `later`: another one stands before it."""
+        cut = int(later and self._adds_space and text.startswith(" "))
+        return self._tokenizer.tokenize(text[cut:], add_bos=False, parse_special=special)
+
+    def join(self, parts: Sequence[Segment], *, special: bool = False) -> tuple[Ids, Mask]:
+        """Return the ids of all parts, without the begin mark that a template may write, and which are answers."""
+        rows = [self.encode(part.text, special=special, later=i > 0) for i, part in enumerate(parts)]
+        tokens = np.concatenate([np.empty(0, np.int32), *rows])
+        mask = np.repeat([part.answer for part in parts], [len(row) for row in rows]).astype(np.bool_)
+        return self.without_bos(tokens, mask)
+
+    def without_bos(self, tokens: Ids, mask: Mask) -> tuple[Ids, Mask]:
+        """Take the begin mark away where there is one."""
+        marked = int(len(self.bos) > 0 and len(tokens) > 0 and tokens[0] == self.bos[0])
+        return tokens[marked:], mask[marked:]
 
 
 def token_counts(samples: Iterable[Sample], n_vocab: int) -> npt.NDArray[np.int64]:
