@@ -224,8 +224,8 @@ def data_source(options: TrainOptions) -> str:
     """Name the text in one line."""
     if not options.dataset_name:
         return f"standard library of Python {sysconfig.get_python_version()}"
-    local = Path(options.dataset_name).expanduser().exists()
-    return options.dataset_name if local else f"{options.dataset_name} [{options.dataset_split}]"
+    local = Path(options.dataset_name).expanduser()
+    return local.name if local.exists() else f"{options.dataset_name} [{options.dataset_split}]"
 
 
 def absolute(options: TrainOptions) -> TrainOptions:
