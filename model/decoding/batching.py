@@ -74,6 +74,11 @@ class Batch:
         return len(self._feeding) + len(self._running)
 
     @property
+    def running(self) -> int:
+        """How many slots are past their prompts."""
+        return len(self._running)
+
+    @property
     def reserved(self) -> int:
         """Cells that are in use or promised."""
         return sum(self._held(place) for place in self._places)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import Any, Protocol
 
+from model.errors import MedusaError
 from model.serving.jobs import Event, Job, ModelInfo
 
 
@@ -14,6 +15,10 @@ class Overloaded(Exception):
     def __init__(self, retry_after_s: float) -> None:
         super().__init__(f"the queue is full; try again in {retry_after_s:.0f} s")
         self.retry_after_s = retry_after_s
+
+
+class WorkerError(MedusaError):
+    """The model's process cannot answer: it loads, has died or closes; at the start: it cannot load the model."""
 
 
 class Worker(Protocol):
@@ -35,6 +40,9 @@ class Worker(Protocol):
     def running(self) -> int:
         """Jobs that have a slot."""
 
+    async def wait_ready(self) -> None:
+        """Wait until the model is loaded. Raises MedusaError where it cannot be."""
+
     def submit(self, job: Job) -> AsyncIterator[Event]:
         """Queue a job and return its events; the last is a Finished or a Failed. Raises Overloaded."""
 
@@ -51,4 +59,4 @@ class Worker(Protocol):
         """Return a conversation as the model's template writes it, ready for the answer."""
 
     async def close(self, deadline_s: float) -> None:
-        """Take no more jobs, finish what runs until the deadline, and leave no process behind."""
+        """Take no more jobs, finish what runs until the deadline, and leave no process behind. May be called again."""

@@ -20,20 +20,15 @@ from multiprocessing.process import BaseProcess
 from time import perf_counter
 from typing import Any
 
-from model.errors import MedusaError
 from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Started
 from model.serving.model_process import ModelOptions, run
-from model.serving.protocol import Overloaded
+from model.serving.protocol import Overloaded, WorkerError
 
 log = logging.getLogger(__name__)
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # before a process is started again that died before it was ready
 QUIT_S = 2.0  # until a process that was asked to go is killed
 USUAL_JOB_S = 5.0  # a job's time, before any was seen
 DIED = "the model's process has died; it is being started again"
-
-
-class WorkerError(MedusaError):
-    """The model's process cannot answer."""
 
 
 @dataclass
@@ -244,10 +239,10 @@ class ModelWorker:
         if life is not self._life:
             return
         self._life = None
-        log.error("the model's process ended with code %s", life.process.exitcode)
         self._fail_all(DIED)
         if self._closing or (self._refusal is not None and not self.info.context):
             return
+        log.error("the model's process ended with code %s", life.process.exitcode)
         delay = 0.0 if life.ready else self._delay_s
         self._delay_s = FIRST_DELAY_S if life.ready else min(2 * self._delay_s, LONGEST_DELAY_S)
         self._restart = self._loop.call_later(delay, self._spawn)
