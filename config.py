@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
-from pydantic import Field, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -76,6 +76,30 @@ class Settings(BaseSettings):
     medusa_max_tokens_per_step: int = Field(
         default=64, ge=1, le=256, description="Most nodes of a draft tree, its root included: per request and pass"
     )
+    host: str = Field(
+        default="127.0.0.1", description="Address that the server listens on; `0.0.0.0`: every one of the machine"
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Port of the server; 0: any free one")
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="Key that clients must send (`Authorization: Bearer …`); without it, none is asked for",
+    )
+    cors_origins: str | None = Field(
+        default=None,
+        description="Web pages that may use the server, as `https://a.example,https://b.example`; `*`: every page",
+    )
+    allowed_hosts: str | None = Field(
+        default=None,
+        description="More names that the server may be called by, separated by commas; `*`: any (then a web page can "
+        "reach it by DNS rebinding)",
+    )
+    n_parallel: int = Field(default=4, ge=1, le=64, description="Texts that the server writes at the same time")
+    max_queue: int = Field(default=64, ge=0, le=10000, description="Texts that may wait; more are refused (429)")
+    max_body_bytes: int = Field(default=4194304, ge=1024, description="Largest request body")
+    request_timeout: int = Field(default=600, ge=1, description="Seconds that a request may take, waiting included")
+    shutdown_timeout: int = Field(
+        default=10, ge=0, description="Seconds that running requests may take to finish when the server is stopped"
+    )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(
         default="WARNING", description="How much is logged; `DEBUG` includes llama.cpp's own log"
     )
@@ -89,7 +113,8 @@ class Settings(BaseSettings):
             first = error.errors()[0]
             name = str(first["loc"][0]).upper()
             message = first["msg"][:1].lower() + first["msg"][1:]
-            raise UsageError(f"{name}={first['input']!r}: {message}") from None
+            value = "…" if name == "API_KEY" else repr(first["input"])
+            raise UsageError(f"{name}={value}: {message}") from None
 
     @field_validator("kv_type")
     @classmethod
@@ -98,10 +123,32 @@ class Settings(BaseSettings):
             raise PydanticCustomError("kv_type", "a quantized KV cache needs flash attention; FLASH_ATTENTION is off")
         return value
 
+    @field_validator("api_key")
+    @classmethod
+    def _is_a_key(cls, key: SecretStr | None) -> SecretStr | None:
+        text = key.get_secret_value().strip() if key else None
+        if text == "" or (text and any(ord(c) < 32 for c in text)):  # no protection where some was asked for
+            raise PydanticCustomError("api_key", "a key needs visible characters, in one line")
+        return SecretStr(text) if text else None
+
+    @property
+    def origins(self) -> tuple[str, ...]:
+        """CORS_ORIGINS, one by one."""
+        return _words(self.cors_origins)
+
+    @property
+    def hosts(self) -> tuple[str, ...]:
+        """ALLOWED_HOSTS, one by one."""
+        return _words(self.allowed_hosts)
+
     @property
     def flash_attn(self) -> bool | None:
         """Flash attention as `LlamaBase` takes it: on, off, or llama.cpp's choice (None)."""
         return {"auto": None, "on": True, "off": False}[self.flash_attention]
+
+
+def _words(text: str | None) -> tuple[str, ...]:
+    return tuple(word.strip().rstrip("/") for word in (text or "").split(",") if word.strip())
 
 
 def settings_table() -> str:
@@ -124,7 +171,7 @@ def _kind(field: FieldInfo) -> str:
     for rule in field.metadata:
         limits |= {side: getattr(rule, side) for side in ("ge", "le") if hasattr(rule, side)}
     span = f" {limits['ge']} to {limits['le']}" if len(limits) == 2 else f" ≥ {limits['ge']}" if limits else ""
-    return {Path: "path", int: "number", bool: "`true` `false`"}[kind] + span
+    return {Path: "path", int: "number", bool: "`true` `false`", str: "text", SecretStr: "text"}[kind] + span
 
 
 def _default(field: FieldInfo) -> str:

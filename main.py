@@ -17,6 +17,7 @@ from commands.bench import bench
 from commands.demo import demo
 from commands.generate import generate
 from commands.requantize import requantize_command
+from commands.serve import serve
 from commands.tune import tune
 from commands.verify import verify
 from model.errors import MedusaError
@@ -40,12 +41,19 @@ class Commands(click.Group):
             sys.exit(130)
 
 
-@click.group(cls=Commands, context_settings={"show_default": True, "max_content_width": 120})
-def cli() -> None:
-    """Speculative decoding with Medusa heads for any GGUF. MODEL_PATH names the model."""
+@click.group(
+    cls=Commands,
+    invoke_without_command=True,
+    context_settings={"show_default": True, "max_content_width": 120},
+)
+@click.pass_context
+def cli(ctx: click.Context) -> None:
+    """Speculative decoding with Medusa heads for any GGUF. MODEL_PATH names the model; without a command, serve it."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(serve)
 
 
-for command in (generate, bench, tune, requantize_command, verify, demo):
+for command in (serve, generate, bench, tune, requantize_command, verify, demo):
     cli.add_command(command)
 
 if __name__ == "__main__":

@@ -20,10 +20,14 @@ from model.trees.tree import Tree
 PROMPTS = ROOT / "benchmarks" / "prompts"
 
 
-def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
-    """Load the model that the environment names, with its heads or those named here."""
+def set_logging(settings: Settings) -> None:
+    """Log as much as LOG_LEVEL says."""
     logging.basicConfig(level=settings.log_level, format="%(message)s")
-    options = EngineOptions(
+
+
+def engine_options(settings: Settings) -> EngineOptions:
+    """Return how the environment wants the model to be loaded."""
+    return EngineOptions(
         settings.n_threads,
         settings.model_context_size,
         settings.n_gpu_layers,
@@ -34,7 +38,12 @@ def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
         settings.medusa_k_heads,
         settings.medusa_max_tokens_per_step,
     )
-    return Engine(settings.model_path, options, weights or settings.medusa_weights_path, HEADS_FOLDER)
+
+
+def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
+    """Load the model that the environment names, with its heads or those named here."""
+    set_logging(settings)
+    return Engine(settings.model_path, engine_options(settings), weights or settings.medusa_weights_path, HEADS_FOLDER)
 
 
 def tune_engine(engine: Engine, sampling: SamplingParams, draft: str, draft_vocab: int) -> Tuning:

@@ -28,6 +28,7 @@ def test_defaults() -> None:
     assert s.medusa_weights_path is None
     assert (s.n_gpu_layers, s.use_mmap, s.use_mlock, s.kv_type, s.flash_attn) == (-1, True, False, "f16", None)
     assert (s.medusa_k_heads, s.medusa_max_tokens_per_step, s.log_level) == (None, 64, "WARNING")
+    assert (s.host, s.port, s.api_key, s.origins, s.hosts) == ("127.0.0.1", 8000, None, (), ())
     assert 1 <= s.n_threads <= len(os.sched_getaffinity(0))
 
 
@@ -36,6 +37,9 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "MODEL_PATH": "a/b.gguf", "MEDUSA_WEIGHTS_PATH": "heads", "MODEL_CONTEXT_SIZE": "512", "N_GPU_LAYERS": "7",
         "N_THREADS": "3", "USE_MMAP": "false", "USE_MLOCK": "1", "FLASH_ATTENTION": "off", "KV_TYPE": "bf16",
         "MEDUSA_K_HEADS": "2", "MEDUSA_MAX_TOKENS_PER_STEP": "16", "LOG_LEVEL": "DEBUG",
+        "HOST": "0.0.0.0", "PORT": "9000", "API_KEY": " sk-1 ", "CORS_ORIGINS": "https://a.example/, http://b:1",
+        "ALLOWED_HOSTS": "llm.home,,box", "N_PARALLEL": "8", "MAX_QUEUE": "0", "MAX_BODY_BYTES": "5000",
+        "REQUEST_TIMEOUT": "60", "SHUTDOWN_TIMEOUT": "0",
     }  # fmt: skip
     assert {name.lower() for name in values} == set(Settings.model_fields)  # every variable is tried
     for name, value in values.items():
@@ -45,6 +49,17 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (s.model_context_size, s.n_gpu_layers, s.n_threads) == (512, 7, 3)
     assert (s.use_mmap, s.use_mlock, s.flash_attn, s.kv_type) == (False, True, False, "bf16")
     assert (s.medusa_k_heads, s.medusa_max_tokens_per_step, s.log_level) == (2, 16, "DEBUG")
+    assert (s.host, s.port, s.n_parallel, s.max_queue, s.max_body_bytes) == ("0.0.0.0", 9000, 8, 0, 5000)
+    assert (s.origins, s.hosts) == (("https://a.example", "http://b:1"), ("llm.home", "box"))
+    assert (s.request_timeout, s.shutdown_timeout) == (60, 0)
+    assert s.api_key is not None and s.api_key.get_secret_value() == "sk-1" and "sk-1" not in repr(s)
+
+
+@pytest.mark.parametrize("key", [" ", "sk-1\nsk-2"])
+def test_a_key_that_cannot_protect_is_refused_and_not_shown(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", key)
+    with pytest.raises(UsageError, match=r"^API_KEY=…: a key needs"):
+        Settings.load()
 
 
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -59,6 +74,8 @@ def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
         ("MODEL_CONTEXT_SIZE", "-1"), ("MODEL_CONTEXT_SIZE", "4k"), ("N_GPU_LAYERS", "-2"), ("N_THREADS", "0"),
         ("N_THREADS", "many\nof them"), ("USE_MMAP", "maybe"), ("USE_MLOCK", "2"), ("FLASH_ATTENTION", "yes"),
         ("KV_TYPE", "q3_0"), ("MEDUSA_K_HEADS", "0"), ("MEDUSA_MAX_TOKENS_PER_STEP", "257"), ("LOG_LEVEL", "LOUD"),
+        ("PORT", "65536"), ("PORT", "http"), ("N_PARALLEL", "0"), ("MAX_QUEUE", "-1"), ("MAX_BODY_BYTES", "0"),
+        ("REQUEST_TIMEOUT", "0"), ("SHUTDOWN_TIMEOUT", "-1"),
     ],
 )  # fmt: skip
 def test_a_bad_value_is_named_with_its_variable(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:

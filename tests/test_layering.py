@@ -24,7 +24,7 @@ BELOW = {  # what each room of model/ may import, besides itself
     "engine": {"errors", "base", "trees", "heads", "decoding"},  # where heads and decoding meet
     "measuring": {"errors", "base", "trees", "heads", "decoding", "engine"},
     "training": {"errors", "base", "trees", "heads", "decoding"},
-    "serving": {"errors", "base", "trees", "heads", "decoding", "engine", "training"},
+    "serving": {"errors", "base", "trees", "heads", "decoding", "engine", "measuring", "training"},
 }
 CONFINED = {"llama_cpp": {"base"}, "gguf": {"base"}, "torch": {"heads", "training", "serving"}}
 

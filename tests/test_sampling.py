@@ -35,6 +35,8 @@ def chi_square(params: SamplingParams, target: npt.NDArray[np.float64], draws: i
         (SamplingParams(1.5, top_k=3, seed=2), [0, 1, 6]),
         (SamplingParams(1.0, top_p=0.6, seed=3), [0, 6]),
         (SamplingParams(1.0, top_k=5, top_p=0.9, seed=4), [0, 1, 5, 6]),
+        (SamplingParams(2.0, min_p=0.4, seed=5), [0, 1, 5, 6]),
+        (SamplingParams(1.0, top_k=3, min_p=0.5, seed=6), [0, 6]),
     ],
 )
 def test_draws_follow_the_distribution(params: SamplingParams, kept: list[int]) -> None:
@@ -45,6 +47,47 @@ def test_draws_follow_the_distribution(params: SamplingParams, kept: list[int]) 
 
 def test_the_distribution_test_can_fail() -> None:
     assert chi_square(SamplingParams(0.8, seed=1), expected(1.0, list(range(8)))) > 20
+
+
+def shaped(params: SamplingParams, prompt: list[int], text: list[int]) -> npt.NDArray[np.float32]:
+    sampler = Sampler(params, prompt)
+    for token in text:
+        sampler.take(token)
+    return sampler._shaped(LOGITS) - LOGITS
+
+
+def test_penalties_count_what_they_say() -> None:
+    text, prompt = [6, 6, 4], [0, 4]
+    presence = shaped(SamplingParams(presence_penalty=0.5), prompt, text)
+    assert presence == pytest.approx(np.array([0, 0, 0, 0, -0.5, 0, -0.5, 0]))
+    frequency = shaped(SamplingParams(frequency_penalty=0.5), prompt, text)
+    assert frequency == pytest.approx(np.array([0, 0, 0, 0, -0.5, 0, -1.0, 0]))
+    repeat = shaped(SamplingParams(repeat_penalty=2.0), prompt, text)
+    assert repeat == pytest.approx(np.array([-1.0, 0, 0, 0, -3.0, 0, -0.95, 0]))
+    bias = shaped(SamplingParams(logit_bias={1: 4.0, 3: -100}), prompt, text)
+    assert bias == pytest.approx(np.array([0, 4.0, 0, -100.0, 0, 0, 0, 0]))
+
+
+class Even:
+    """A grammar of even tokens."""
+
+    def allows(self, token: int) -> bool:
+        return token % 2 == 0
+
+    def masked(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        return np.where(np.arange(len(logits)) % 2 == 0, logits, -np.inf).astype(np.float32)
+
+    def take(self, token: int) -> None:
+        assert self.allows(token)
+
+
+def test_a_grammar_leaves_the_distribution_of_what_it_allows() -> None:
+    sampler = Sampler(SamplingParams(1.5, seed=3), grammar=Even())
+    counts = np.bincount([sampler.choose(LOGITS, i) for i in range(20_000)], minlength=8)
+    target = 20_000 * expected(1.5, [0, 2, 4, 6])[::2]
+    assert not counts[1::2].any()
+    assert float(((counts[::2] - target) ** 2 / target).sum() / 3) < 5.7, "odds of 1 in 2,000; the seed is fixed"
+    assert Sampler(SamplingParams(), grammar=Even()).choose(np.roll(LOGITS, 1), 0) == 2
 
 
 def test_a_draw_hangs_on_seed_and_index_only() -> None:
@@ -96,7 +139,21 @@ def test_the_margin_is_no_overestimate() -> None:
     assert changed >= 20
 
 
-@pytest.mark.parametrize("bad", [{"temperature": -1.0}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": -1},
+        {"min_p": 2.0},
+        {"repeat_penalty": 0.0},
+        {"presence_penalty": np.nan},
+        {"frequency_penalty": 101.0},
+        {"logit_bias": {3: np.inf}},
+    ],
+)
 def test_bad_parameters_are_named(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         SamplingParams(**bad)  # type: ignore[arg-type]

@@ -41,10 +41,26 @@ class Oracle:
 
 
 def plain(base: FakeBase, prompt: list[int], n: int, params: SamplingParams) -> list[int]:
-    sampler, tokens = Sampler(params), list(prompt)
+    sampler, tokens = Sampler(params, prompt), list(prompt)
     for i in range(n):
         tokens.append(sampler.choose(base.logits_of(tokens), i))
+        sampler.take(tokens[-1])
     return tokens
+
+
+class Knowing:
+    """Drafts a text that is known, now and then wrongly, each guess at a rank by chance."""
+
+    def __init__(self, text: list[int], so_far: list[int], tree: Tree, miss: float = 0.2, seed: int = 1) -> None:
+        self.text, self.so_far, self.miss = text, so_far, miss
+        self.shape, self.rng = (1, tree.max_depth, tree.n_ranks), np.random.default_rng(seed)
+
+    def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], None]:
+        out = self.rng.integers(0, 50, self.shape, dtype=np.int32)
+        for depth, token in enumerate(self.text[len(self.so_far) : len(self.so_far) + self.shape[1]]):
+            if self.rng.random() >= self.miss:
+                out[0, depth, self.rng.integers(self.shape[2])] = token
+        return out, None
 
 
 def run(
@@ -71,6 +87,43 @@ def test_text_is_the_plain_text(tree: Tree, params: SamplingParams, own_context:
     assert slot.tokens == plain(base, [1, 2, 3], 60, params)
     assert slot.stats.acceptance_length > 1.4, "the oracle's drafts must be accepted, or nothing was tested"
     assert tree.max_depth == 1 or slot.stats.accepted[1] > 3
+
+
+EXTRAS = {
+    "min_p": SamplingParams(1.3, min_p=0.2, seed=5),
+    "presence": SamplingParams(0.0, presence_penalty=1.5),
+    "frequency": SamplingParams(0.9, frequency_penalty=0.8, seed=6),
+    "repeat": SamplingParams(0.0, repeat_penalty=1.8),
+    "bias": SamplingParams(1.0, logit_bias={7: 3.0, 8: -1e6}, seed=7),
+    "all": SamplingParams(0.8, 20, 0.9, 8, 0.05, 0.7, 0.4, 1.3, {3: 2.0}),
+}
+
+
+def drafted(base: FakeBase, tree: Tree, params: SamplingParams, text: list[int], prompt: list[int]) -> Slot:
+    slot = Slot(list(prompt), len(text), Sampler(params, prompt), lambda t: False, lanes=range(len(tree.leaves)))
+    slot.drafter = Knowing(text, slot.tokens, tree)
+    prefill(base, slot)
+    while not slot.finished:
+        step(base, [slot], FixedPlan(tree))
+    return slot
+
+
+@pytest.mark.parametrize("name", EXTRAS)
+@pytest.mark.parametrize("tree", [Tree.chain(3), Tree.product([3, 2])], ids=repr)
+def test_every_option_leaves_the_plain_text(name: str, tree: Tree) -> None:
+    base, prompt = FakeBase(n_vocab=12), [1, 2, 3]
+    text = plain(base, prompt, 80, EXTRAS[name])
+    slot = drafted(base, tree, EXTRAS[name], text, prompt)
+    assert slot.tokens == text
+    assert slot.stats.acceptance_length > 1.4, "drafts must be accepted, or nothing was tested"
+    assert text != plain(base, prompt, 80, SamplingParams(EXTRAS[name].temperature, seed=EXTRAS[name].seed))
+
+
+def test_negative_control_a_sampler_that_does_not_follow_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tree, params, prompt = FakeBase(n_vocab=12), Tree.product([3, 2]), EXTRAS["frequency"], [1, 2, 3]
+    text = plain(base, prompt, 80, params)
+    monkeypatch.setattr(Sampler, "take", lambda self, token: None)
+    assert drafted(base, tree, params, text, prompt).tokens != text
 
 
 @pytest.mark.parametrize("broken", ["siblings", "no_roll_back", "second_best"])

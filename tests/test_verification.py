@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.verification import verify
+from model.decoding.verification import verify, verify_typically
 from model.trees.tree import Tree
 
 #        nodes: root, (0,), (1,), (1, 0), (1, 1)
@@ -47,3 +47,24 @@ def test_draws_are_numbered_by_the_text() -> None:
     plain = [Sampler(params).choose(logits[0], i) for i in range(20)]
     for index in range(20):
         assert verify(TREE, TOKENS, logits, Sampler(params), index, lambda t: False, 1)[1] == [plain[index]]
+
+
+def typically(
+    logits: np.ndarray, params: SamplingParams, *, end: int = -1, room: int = 99
+) -> tuple[int, list[int], bool]:
+    return verify_typically(TREE, TOKENS, logits, Sampler(params), 0, lambda t: t == end, room)
+
+
+def test_typical_acceptance_keeps_the_longest_path_that_is_likely_enough() -> None:
+    logits = np.full((len(TREE), 10), -20.0, np.float32)
+    logits[0, [4, 5]] = 2.0, 1.0  # both typical; (0,) is likelier, but below (1,) more stands
+    logits[2, [6, 7]] = 1.0, -20.0
+    logits[3, 3] = 1.0
+    params = SamplingParams(1.0, seed=1)
+    assert typically(logits, params) == (3, [5, 6, 3], False)
+    assert typically(logits, params, end=6) == (2, [5, 6], True)
+    assert typically(logits, params, room=1) == (0, [5], True)
+    assert typically(logits, SamplingParams())[1][0] == 4, "greedy decoding stays exact"
+    logits[0] = 1.0, *[0.0] * 9  # flat: e^-entropy lowers what is asked for, but 4 and 5 must still reach it
+    logits[0, [4, 5]] = -20.0
+    assert typically(logits, params)[0] == 0, "an unlikely token does not stand"

@@ -102,8 +102,8 @@ class Generation:
         self._base, self._plan, self._piece, self._eog = base, plan, piece, eog
         self._stream = TextStream(request.stop)
         limit = min(context, len(request.prompt) + request.max_tokens)
-        lanes = range(plan.lanes)
-        self.slot = Slot(list(request.prompt), limit, Sampler(request.sampling), self._ends, drafter, lanes)
+        lanes, sampler = range(plan.lanes), Sampler(request.sampling, request.prompt)
+        self.slot = Slot(list(request.prompt), limit, sampler, self._ends, drafter, lanes)
         self.slot.ngrams = NgramIndex(self.slot.tokens) if ngrams else None
         self.slot.trace = [] if keep_logits else None
         self.finish_reason = ""

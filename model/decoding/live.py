@@ -44,6 +44,13 @@ class Live:
     refresh: int = FIRST_LOOK // 2
     until_refresh: int = 0
     match: int = 0  # bits of the length of this step's match
+    heads: Float64Array = field(default_factory=lambda: np.zeros(1))  # (T,) tokens that so many nodes are worth
+    branch: list[tuple[float, Float64Array]] = field(
+        default_factory=list
+    )  # by match: its first token's rate, (M,) worth
+    worths: dict[int, tuple[list[float], list[float]]] = field(
+        default_factory=dict
+    )  # by match: `SharedPlan` keeps them
     seconds: Float64Array = field(default_factory=lambda: np.ones(1))  # (N,) of a step, as predicted for this context
 
     def __post_init__(self) -> None:
@@ -72,7 +79,7 @@ class LivePlan:
         branch: int = 0,
         max_nodes: int = 256,
     ) -> None:
-        self._curve, self._draft_s, self._branch = curve, draft_s, branch
+        self.curve, self.draft_s, self._branch = curve, draft_s, branch
         self._trees = [Tree(paths[:n]) for n in range(len(paths) + 1)]
         self._depths = self._trees[-1].max_depth
         self._rates = np.zeros((len(paths) + 1, self._depths))  # of reaching each depth from the one above, by tree
@@ -95,6 +102,16 @@ class LivePlan:
 
     def propose(self, slot: Slot) -> Proposal:
         """See Plan."""
+        live, following = self.look(slot)
+        nodes, branch = live.table[live.match]
+        return self.proposal(slot, nodes, following, branch)
+
+    def propose_all(self, slots: Sequence[Slot]) -> list[Proposal]:
+        """See Plan. Each slot drafts as though it were alone; `SharedPlan` does better."""
+        return [self.propose(slot) for slot in slots]
+
+    def look(self, slot: Slot) -> tuple[Live, list[int]]:
+        """Return what is known of a slot, and what may follow in its text."""
         if slot.live is None:
             slot.live = Live([], self._depths)
             self._refresh(slot, slot.live)
@@ -103,14 +120,17 @@ class LivePlan:
         if not live.rests[1] and self._branch and slot.ngrams is not None:
             following, match = slot.ngrams.propose(self._depths + self._branch)
             live.match = match.bit_length()
-        nodes, branch = live.table[live.match]
+        return live, following
+
+    def proposal(self, slot: Slot, nodes: int, following: list[int], branch: int) -> Proposal:
+        """Return the tree of so many nodes of the heads, and a branch."""
         return Proposal(self._trees[nodes if slot.hidden is not None else 0], following, branch)
 
     def learn(self, slot: Slot, proposal: Proposal, tokens: list[int], won: list[int], rows: int, took: float) -> None:
         """See Plan."""
         live = slot.live
         assert live is not None
-        if rows <= len(live.seconds) and live.seconds[rows - 1] < np.inf:
+        if rows == len(tokens) and rows <= len(live.seconds) and live.seconds[rows - 1] < np.inf:  # it was alone
             seen = live.plain if rows == 1 else live.drafted
             seen[0] += live.seconds[rows - 1]
             seen[1] += took
@@ -143,6 +163,7 @@ class LivePlan:
                 if not live.rests[source]:
                     untried = Live([], self._depths, live.rests, seconds=live.seconds)
                     live.table = self._best(slot, untried, WORTH / HOPEFUL)
+                    live.heads, live.branch, live.worths = untried.heads, untried.branch, {}
                     live.until_refresh, live.refresh = PROBE, FIRST_LOOK // 2
                     for counts in live.branches if source else (live.expected, live.hits):
                         counts[:] = [0.8 * count for count in counts]  # it was long ago
@@ -150,7 +171,7 @@ class LivePlan:
     def _refresh(self, slot: Slot, live: Live) -> None:
         """Choose anew for every length of match; send a source to rest that pays nowhere."""
         live.refresh = live.until_refresh = min(2 * live.refresh, REFRESH)
-        live.seconds = self._curve.on_offer(len(slot.tokens), self._sizes)
+        live.seconds = self.curve.on_offer(len(slot.tokens), self._sizes)
         live.seconds[self.max_nodes :] = np.inf
         live.table = self._best(slot, live)
         has = (self._depths > 0 and slot.drafter is not None, self._branch > 0 and slot.ngrams is not None)
@@ -182,14 +203,15 @@ class LivePlan:
         branches = slot.ngrams is not None and not live.rests[1]
         branch = np.arange(self._branch + 1 if branches else 1)  # (M,)
         cost = seconds[np.arange(len(h))[:, None] + branch] * drift[1]  # (T, M)
-        cost[1:] += self._draft_s
+        cost[1:] += self.draft_s
         cost /= favour
         cost[0, 0] = WORTH * one * drift[0]
-        table = Table()
+        table, live.heads, live.branch, live.worths = Table(), h, [], {}
         for first, counts in zip(FIRST, live.branches, strict=True):
             q = (counts[1] + DOUBT * first) / (counts[0] + DOUBT)
             later = (counts[3] + DOUBT * LATER) / (counts[2] + DOUBT)
             b = q * np.concatenate([[0.0], (later ** branch[:-1]).cumsum()])
+            live.branch.append((q, b) if first else (0.0, b[:1]))
             gain = (1 + b + (1 - q * (branch > 0)) * h[:, None]) / cost  # (T, M)
             gain = gain if first else gain[:, :1]  # no match, no branch
             nodes, more = divmod(int(gain.argmax()), gain.shape[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from model.trees.tree import Tree
@@ -31,7 +32,11 @@ class Plan(Protocol):
         ...
 
     def propose(self, slot: Slot) -> Proposal:
-        """Return what to draft for a slot's next step."""
+        """Return what to draft for a slot's next step, were it alone."""
+        ...
+
+    def propose_all(self, slots: Sequence[Slot]) -> list[Proposal]:
+        """Return what to draft for slots that share the next pass."""
         ...
 
     def learn(self, slot: Slot, proposal: Proposal, tokens: list[int], won: list[int], rows: int, took: float) -> None:
@@ -54,6 +59,10 @@ class FixedPlan:
         """Return the tree, or the root alone while there is no state to draft from."""
         following = slot.ngrams.propose(self.tree.max_depth + self.branch)[0] if self.branch and slot.ngrams else []
         return Proposal(ROOT_ONLY if slot.hidden is None or slot.drafter is None else self.tree, following, self.branch)
+
+    def propose_all(self, slots: Sequence[Slot]) -> list[Proposal]:
+        """See Plan."""
+        return [self.propose(slot) for slot in slots]
 
     def learn(self, slot: Slot, proposal: Proposal, tokens: list[int], won: list[int], rows: int, took: float) -> None:
         """Learn nothing."""

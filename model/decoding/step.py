@@ -17,7 +17,7 @@ from model.decoding.live import Live
 from model.decoding.ngram import NgramIndex
 from model.decoding.planning import Plan, Proposal
 from model.decoding.sampling import Sampler
-from model.decoding.verification import verify
+from model.decoding.verification import verify, verify_typically
 from model.trees.tree import Tree
 
 Int32Array = npt.NDArray[np.int32]
@@ -131,6 +131,9 @@ class Slot:
     trace: list[Float32Array] | None = None
     ngrams: NgramIndex | None = None  # over `tokens`
     live: Live | None = None  # what the plan has learnt of this text
+    reused: int = 0  # tokens of the prompt that were in the cache already
+    typical: bool = False  # Medusa's lossy acceptance
+    began: float = 0.0  # when the prompt was in the cache, by perf_counter
 
     def __post_init__(self) -> None:
         self.prompt_length = len(self.tokens)
@@ -163,7 +166,7 @@ def step(base: Base, slots: Sequence[Slot], plan: Plan) -> list[list[int]]:
     would have chosen, rolls the rest back. Slots must not be finished; their prompts must be in the cache.
     """
     start = perf_counter()
-    proposals = [plan.propose(slot) for slot in slots]
+    proposals = plan.propose_all(slots)
     drafts = _draft(slots, proposals)
     trees = [_with_branch(proposal, tokens) for proposal, tokens in zip(proposals, drafts, strict=True)]
     base.want_states(any(plan.wants_state(slot) for slot in slots))
@@ -183,7 +186,8 @@ def step(base: Base, slots: Sequence[Slot], plan: Plan) -> list[list[int]]:
         since = perf_counter()
         rows, index = logits[at : at + len(tree)], len(slot.tokens) - slot.prompt_length
         room = slot.limit - len(slot.tokens)
-        node, emitted, slot.finished = verify(tree, tokens, rows, slot.sampler, index, slot.ends, room)
+        judge = verify_typically if slot.typical else verify
+        node, emitted, slot.finished = judge(tree, tokens, rows, slot.sampler, index, slot.ends, room)
         verify_s += perf_counter() - since
         if slot.trace is not None:
             slot.trace += [rows[n].copy() for n in tree.path_to(node)]
@@ -251,10 +255,8 @@ def _roll_back(base: Base, slot: Slot, tree: Tree, node: int) -> None:
     if alone and tree.max_depth > depth:
         base.seq_rm(-1, root + 1 + depth, -1)
     for i, lane in enumerate(slot.lanes):
-        common = shared[i] if i < len(shared) else 0
-        if not alone:
-            base.seq_rm(lane, root + 1 + common, -1)
-        elif common < depth:
-            base.seq_rm(lane, root + 1 + common, root + 1 + depth)
+        common, reached = (shared[i], tree.leaf_depths[i]) if i < len(shared) else (0, 0)
+        if common < (min(reached, depth) if alone else reached):  # each call scans all cells
+            base.seq_rm(lane, root + 1 + common, root + 1 + reached)
         if common < depth:
             base.seq_cp(source, lane, root + 1 + common, root + 1 + depth)

@@ -75,7 +75,10 @@ def replay(base: LlamaBase, generation: Generation, floor: float) -> Replay:
     assert slot.trace is not None
     ones = _causal(base, slot.tokens, slot.prompt_length, 1)
     decided = np.stack(slot.trace)
-    margins = [slot.sampler.margin(row, t, i) for i, (row, t) in enumerate(zip(ones, generation.tokens, strict=True))]
+    sampler, margins = Sampler(slot.sampler.params, slot.tokens[: slot.prompt_length]), list[float]()
+    for i, (row, token) in enumerate(zip(ones, generation.tokens, strict=True)):
+        margins.append(sampler.margin(row, token, i))
+        sampler.take(token)
     return Replay(floor, float(np.abs(decided - ones).max()), max(margins))
 
 

@@ -29,7 +29,7 @@ from model.decoding.step import Slot, prefill, step
 from model.engine import Decoder, Engine
 from model.trees.costs import SIZES, CostCurve, measure_curve
 from model.trees.search import Choice, all_choices, grow
-from model.trees.tree import Tree
+from model.trees.tree import MAX_LEAVES, Tree
 
 Float64Array = npt.NDArray[np.float64]
 KIND = "tuning"  # of what is remembered
@@ -245,23 +245,29 @@ def states_and_followers(
 
 def live_decoder(engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: int = 0, context: int = 0) -> Decoder:
     """Make a decoder that drafts what pays: with the heads, where the tuning has them, and from the text so far."""
+    plan, drafter = live_plan(engine, tuning, ngrams=ngrams, draft_vocab=draft_vocab)
+    return engine.decoder_for(plan, drafter, ngrams=ngrams, context=context)
+
+
+def live_plan(
+    engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: int = 0, lanes: int = MAX_LEAVES
+) -> tuple[LivePlan, Drafter | None]:
+    """Make the plan that drafts what pays, and the heads' drafter where they may. lanes: the most that a slot has."""
     branch = min(BRANCH, engine.options.max_nodes - 1) if ngrams else 0
     drafting = tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes)[1:] if tuning.draft_s else []
     best = max((c.speedup for c in drafting), default=0.0)
     if best < HOPEFUL:
-        plan, drafter = LivePlan(tuning.curve, branch=branch), None
-    else:
-        near = [c.tree for c in drafting if c.speedup >= NEARLY * best]
-        depth, nodes = max(t.max_depth for t in near), max(len(t) for t in near) - 1
-        accuracies = np.array(tuning.accuracies)[:depth]
-        paths = grow(accuracies, nodes)
-        plan = LivePlan(
-            tuning.curve,
-            paths=paths,
-            accuracies=accuracies,
-            draft_s=tuning.draft_s[depth - 1],
-            branch=branch,
-            max_nodes=engine.options.max_nodes,
-        )
-        drafter = engine.drafter(Tree(paths), draft_vocab)
-    return engine.decoder_for(plan, drafter, ngrams=ngrams, context=context)
+        return LivePlan(tuning.curve, branch=branch), None
+    near = [c.tree for c in drafting if c.speedup >= NEARLY * best]
+    depth, nodes = max(t.max_depth for t in near), max(len(t) for t in near) - 1
+    accuracies = np.array(tuning.accuracies)[:depth]
+    paths = grow(accuracies, nodes, max_leaves=max(1, lanes - (branch > 0)))
+    plan = LivePlan(
+        tuning.curve,
+        paths=paths,
+        accuracies=accuracies,
+        draft_s=tuning.draft_s[depth - 1],
+        branch=branch,
+        max_nodes=engine.options.max_nodes,
+    )
+    return plan, engine.drafter(Tree(paths), draft_vocab)

@@ -82,6 +82,11 @@ class Tree:
         depths: list[int] = self.depths.tolist()
         return depths
 
+    @cached_property
+    def leaf_depths(self) -> list[int]:
+        """The depth of each leaf."""
+        return [self.depth_list[leaf] for leaf in self.leaves.tolist()]
+
     def flat_guesses(self, ranks: int) -> list[int]:
         """Return where the nodes 1 … N-1 stand in a flattened (K, ranks) table of guesses."""
         if ranks not in self._flat:

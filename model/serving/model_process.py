@@ -1,0 +1,264 @@
+"""What runs in the process that owns the model: loads it, then takes commands in and sends events out, pass by pass.
+
+llama.cpp ends its process on internal errors; this one can be lost and started again. Knows no HTTP and no asyncio.
+Prompts are tokenized, fed and stepped here; every job stands for itself, and first come is first served.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import secrets
+import signal
+import threading
+from collections import deque
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from model.base.chat import template_of
+from model.base.grammar import GbnfGrammar, schema_to_gbnf
+from model.base.llama import MAX_SEQUENCES
+from model.decoding.batching import Batch
+from model.decoding.drafting import Drafter
+from model.decoding.generation import Request
+from model.decoding.planning import FixedPlan, Plan
+from model.decoding.sharing import SharedPlan
+from model.engine import Engine, EngineOptions
+from model.errors import MedusaError, UsageError
+from model.measuring.tuning import BRANCH, live_plan, tuned
+from model.serving.jobs import Draft, Event, Failed, Job, ModelInfo
+from model.serving.writing import Writing
+from model.trees.tree import Tree
+
+log = logging.getLogger(__name__)
+STALL_S = 0.1  # that prompts may hold up running texts between two passes
+CACHE_BYTES = 1 << 30  # of the KV cache, where nobody says how many cells; one context's at the least
+TRIAL_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """What is loaded and how it is shared.
+
+    slots: texts at a time. cells: tokens that the cache holds for all of them; 0: a context for each of them, as far as
+    CACHE_BYTES goes.
+    draft: who drafts where a job says "auto". tree: drafted by the heads in every step (`Tree.parse` reads it), so that
+    runs can be repeated; "": what pays. trial_prompts: texts on which it is measured what pays.
+    """
+
+    model_path: Path
+    engine: EngineOptions
+    weights: Path | None
+    heads_folder: Path
+    slots: int = 4
+    cells: int = 0
+    draft: Draft = "auto"
+    tree: str = ""
+    draft_vocab: int = 0
+    trial_prompts: tuple[str, ...] = ()
+    log_level: str = "WARNING"
+
+
+def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
+    """Load the model, say so, and work until the other side is gone: the main function of the process.
+
+    Sends ("ready", ModelInfo) or ("refused", message), then ("events", events) and ("answer", key, value or error).
+    """
+    for reaches_the_whole_group in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(reaches_the_whole_group, signal.SIG_IGN)  # the parent decides
+    logging.basicConfig(level=options.log_level, format="%(message)s")
+    commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(inbox, commands), daemon=True).start()
+    try:
+        model = ServedModel(options)
+    except MedusaError as error:
+        outbox.send(("refused", str(error)))
+        return
+    outbox.send(("ready", model.info))
+    while True:
+        while not (commands.empty() and model.busy):
+            command = commands.get()
+            if command[0] == "quit":
+                return
+            answer = model.take(*command)
+            if answer is not None:
+                outbox.send(("answer", *answer))
+        events = model.work()
+        if events:
+            outbox.send(("events", events))
+
+
+def _listen(inbox: Connection, commands: queue.SimpleQueue[tuple[Any, ...]]) -> None:
+    """Pass commands on; leave at once when the parent is gone."""
+    try:
+        while True:
+            commands.put(inbox.recv())
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+class ServedModel:
+    """The model and the jobs that it writes. Raises MedusaError where it cannot be loaded as asked."""
+
+    def __init__(self, options: ModelOptions) -> None:
+        engine = self._engine = Engine(options.model_path, options.engine, options.weights, options.heads_folder)
+        self._template = template_of(engine.file.metadata)
+        self._plan, self._drafter, self._ngrams, words = _drafting(engine, options)
+        nodes, lanes = self._plan.max_nodes, self._plan.lanes
+        if options.slots * lanes > MAX_SEQUENCES:
+            raise UsageError(f"{options.slots} slots of {lanes} lanes: llama.cpp has {MAX_SEQUENCES} sequences")
+        affordable = min(engine.context * options.slots, CACHE_BYTES // _cell_bytes(engine))
+        cells = max(options.cells or affordable, engine.context)
+        cells += (options.slots - 1) * (nodes - 1)
+        self._base = engine.base(self._plan, sequences=options.slots * lanes, context=cells)
+        if isinstance(self._plan, FixedPlan) and options.slots * nodes > self._base.n_batch:
+            raise UsageError(f"{options.slots} slots of {nodes} nodes: a pass has {self._base.n_batch} at the most")
+        self._slots = options.slots
+        self._batch = self._new_batch()
+        self._waiting: deque[Writing] = deque()
+        self._running: dict[str, Writing] = {}
+        self._failed: list[Event] = []
+        self.info = ModelInfo(
+            name=engine.file.name,
+            file_type=engine.file.file_type,
+            context=engine.context,
+            vocabulary=engine.model.n_vocab,
+            draft=words,
+            slots=options.slots,
+            chat="tokenizer.chat_template" in engine.file.metadata,
+        )
+
+    def _new_batch(self) -> Batch:
+        return Batch(self._base, self._plan, places=self._slots, cells=self._base.n_ctx, stall_s=STALL_S, keep=True)
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything to do without a further command."""
+        return bool(self._waiting or self._running or self._failed)
+
+    def take(self, kind: str, *rest: Any) -> tuple[int, Any] | None:
+        """Obey a command; return (key, value or error) where it wants an answer."""
+        if kind == "submit":
+            self._submit(rest[0])
+        elif kind == "cancel":
+            self._cancel(rest[0])
+        else:
+            key, *values = rest
+            try:
+                return key, getattr(self, f"_{kind}")(*values)
+            except MedusaError as error:
+                return key, error
+        return None
+
+    def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        tokens: list[int] = self._engine.model.tokenize(text, add_bos=add_special, parse_special=parse_special).tolist()
+        return tokens
+
+    def _detokenize(self, tokens: list[int]) -> str:
+        model = self._engine.model
+        outside = [t for t in tokens if not 0 <= t < model.n_vocab]
+        if outside:
+            raise UsageError(f"token {outside[0]}: the vocabulary has {model.n_vocab} tokens, from 0 on")
+        return model.detokenize(tokens)
+
+    def _apply_template(self, messages: list[dict[str, Any]]) -> str:
+        return self._template.render(messages, prompt=True)
+
+    def _submit(self, job: Job) -> None:
+        try:
+            self._waiting.append(self._writing(job))
+        except MedusaError as error:
+            self._failed.append(Failed(job.id, "bad_request", str(error)))
+
+    def _writing(self, job: Job) -> Writing:
+        if job.draft in ("medusa", "both") and self._engine.weights is None:
+            raise UsageError(f"draft {job.draft!r}: this model has no heads")
+        grammar = None
+        if job.grammar is not None or job.json_schema is not None:
+            gbnf = job.grammar if job.grammar is not None else schema_to_gbnf(job.json_schema or {})
+            grammar = GbnfGrammar(self._engine.model, gbnf)
+        return Writing(
+            job,
+            self._prompt(job),
+            self._engine.model,
+            context=self._engine.context,
+            draws=secrets.randbits(32),
+            drafter=self._drafter if job.draft in ("auto", "medusa", "both") else None,
+            ngrams=self._ngrams and job.draft in ("auto", "ngram", "both"),
+            grammar=grammar,
+        )
+
+    def _prompt(self, job: Job) -> list[int]:
+        """Return a job's token ids. A template that writes the begin-of-text mark itself gets no second one."""
+        prompt = job.prompt
+        if isinstance(prompt, str):
+            return self._tokenize(prompt, True, True)
+        if all(isinstance(token, int) for token in prompt):
+            return [token for token in prompt if isinstance(token, int)]
+        text = self._apply_template([message for message in prompt if isinstance(message, dict)])
+        tokens, bos = self._tokenize(text, True, True), self._engine.model.bos
+        return tokens[1:] if tokens[:2] == [bos, bos] else tokens
+
+    def _cancel(self, id: str) -> None:
+        """Free a job's place; one that is unknown or done is no error."""
+        writing = self._running.pop(id, None)
+        if writing is not None:
+            self._batch.evict(writing.slot)
+        self._waiting = deque(waiting for waiting in self._waiting if waiting.job.id != id)
+
+    def work(self) -> list[Event]:
+        """Admit what fits, take all running jobs one pass further, return what has happened."""
+        out, self._failed = self._failed, []
+        while self._waiting and self._batch.admit(self._waiting[0].slot):
+            writing = self._waiting.popleft()
+            writing.admitted()
+            self._running[writing.job.id] = writing
+        if not self._running:
+            return out
+        try:
+            self._batch.step()
+            for id, writing in list(self._running.items()):
+                out += writing.events()
+                if writing.slot.finished:
+                    del self._running[id]
+        except Exception:  # not one job's fault; all cells may be in disorder
+            log.exception("a pass failed")
+            out += [Failed(id, "internal", "the model could not go on with this text") for id in self._running]
+            self._running.clear()
+            self._base.clear()
+            self._batch = self._new_batch()
+        return out
+
+
+def _cell_bytes(engine: Engine) -> int:
+    """Return about how many bytes of KV cache a token takes: as if all heads were of one size."""
+    facts, kind = engine.file.metadata, engine.file.architecture
+    heads, shared = (facts.get(f"{kind}.attention.head_count{suffix}") for suffix in ("", "_kv"))
+    share = shared / heads if isinstance(heads, int) and heads and isinstance(shared, int) else 1.0
+    size = {"f32": 4.0, "q8_0": 1.07, "q4_0": 0.57}.get(engine.options.kv_type, 2.0)
+    return max(1, int(2 * size * engine.file.n_layer * engine.file.n_embd * share))
+
+
+def _drafting(engine: Engine, options: ModelOptions) -> tuple[Plan, Drafter | None, bool, str]:
+    """Return the plan for all slots, the heads' drafter, whether the text so far drafts, and all that in words."""
+    nodes, able = engine.options.max_nodes, engine.model.can_roll_back
+    heads = options.draft in ("medusa", "both") or (options.draft == "auto" and engine.weights is not None and able)
+    ngrams = options.draft in ("auto", "ngram", "both") and able and nodes > 1
+    heads = heads and engine.n_heads > 0  # raises where heads are missing or don't fit
+    branch = min(BRANCH, nodes - 1) if ngrams else 0
+    words = " and ".join(["the heads"] * heads + ["the text so far"] * ngrams) or "nobody"
+    if not (heads or ngrams):
+        return FixedPlan(), None, False, words
+    if options.tree:
+        tree = engine.check_tree(Tree.parse(options.tree)) if heads else Tree([])
+        drafter = engine.drafter(tree, options.draft_vocab) if len(tree) > 1 else None
+        return FixedPlan(tree, min(branch, nodes - len(tree))), drafter, ngrams, f"{words}, a tree of {len(tree)} nodes"
+    requests = [Request(engine.model.tokenize(text).tolist()[: engine.context // 2], TRIAL_TOKENS)
+                for text in options.trial_prompts or ("def ",)]  # fmt: skip
+    tuning = tuned(engine, requests, heads=heads, draft_vocab=options.draft_vocab)
+    lanes = MAX_SEQUENCES // options.slots
+    plan, drafter = live_plan(engine, tuning, ngrams=ngrams, draft_vocab=options.draft_vocab, lanes=lanes)
+    return SharedPlan(plan, min(512, engine.context)), drafter, ngrams, f"{words}, as far as it pays"

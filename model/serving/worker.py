@@ -1,0 +1,272 @@
+"""The parent's side of the process that owns the model: starts it, starts it again, hands jobs in and events out.
+
+A thread per process reads what comes and puts it into each job's own queue, so that a slow reader stops neither the
+model nor the other jobs. A queue is bounded by its text, which has `max_tokens`; who goes away is to `cancel`.
+Knows no HTTP, and of the model only what `ModelInfo` tells.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import logging
+import multiprocessing
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from time import perf_counter
+from typing import Any
+
+from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Started
+from model.serving.model_process import ModelOptions, run
+from model.serving.protocol import Overloaded, WorkerError
+
+log = logging.getLogger(__name__)
+FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # before a process is started again that died before it was ready
+QUIT_S = 2.0  # until a process that was asked to go is killed
+USUAL_JOB_S = 5.0  # a job's time, before any was seen
+DIED = "the model's process has died; it is being started again"
+
+
+@dataclass
+class _Running:
+    """A job as the parent knows it."""
+
+    events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
+    since: float = field(default_factory=perf_counter)
+    started: bool = False
+
+
+@dataclass(eq=False)
+class _Process:
+    """One life of the model's process."""
+
+    process: BaseProcess
+    to: Connection
+    source: Connection
+    reader: threading.Thread | None = None
+    ready: bool = False
+
+
+class ModelWorker:
+    """A `Worker` of `model/serving/protocol.py`. All methods are called from the event loop that `start` ran in.
+
+    max_queue: jobs that may wait beside those that have a slot.
+    """
+
+    def __init__(self, options: ModelOptions, *, max_queue: int = 64) -> None:
+        self._options, self._max_queue = options, max_queue
+        self.info = ModelInfo(options.model_path.stem, "", 0, 0, "", options.slots, False)  # until it is ready
+        self._jobs: dict[str, _Running] = {}
+        self._answers: dict[int, asyncio.Future[Any]] = {}
+        self._keys = 0
+        self._life: _Process | None = None
+        self._closing = False
+        self._changed = asyncio.Event()  # ready, refused, or a job is done
+        self._refusal: str | None = None
+        self._delay_s = FIRST_DELAY_S
+        self._restart: asyncio.TimerHandle | None = None
+        self._job_s = USUAL_JOB_S
+
+    def start(self) -> None:
+        """Start the process; `ready` says when it has loaded the model."""
+        self._loop = asyncio.get_running_loop()
+        self._spawn()
+
+    async def wait_ready(self) -> None:
+        """Wait until the model is loaded. Raises MedusaError where it cannot be."""
+        while not self.ready:
+            if self._refusal is not None:
+                raise WorkerError(self._refusal)
+            self._changed.clear()
+            await self._changed.wait()
+
+    @property
+    def ready(self) -> bool:
+        """See Worker."""
+        return self._life is not None and self._life.ready and not self._closing
+
+    @property
+    def running(self) -> int:
+        """Jobs whose prompt has been read."""
+        return sum(job.started for job in self._jobs.values())
+
+    @property
+    def queue_length(self) -> int:
+        """Jobs that wait, or whose prompt is being read."""
+        return len(self._jobs) - self.running
+
+    def submit(self, job: Job) -> AsyncIterator[Event]:
+        """See Worker."""
+        assert job.id not in self._jobs, f"two jobs are called {job.id}"
+        if not self.ready or len(self._jobs) >= self._options.slots + self._max_queue:
+            raise Overloaded(max(1.0, self._job_s * (1 + self.queue_length) / self._options.slots))
+        running = self._jobs[job.id] = _Running()
+        self._send("submit", job)
+        return self._events(job.id, running)
+
+    async def _events(self, id: str, running: _Running) -> AsyncIterator[Event]:
+        try:
+            while (event := await running.events.get()) is not None:
+                yield event
+                if isinstance(event, (Finished, Failed)):
+                    return
+        finally:
+            if self._jobs.get(id) is running:
+                self.cancel(id)
+
+    def cancel(self, id: str) -> None:
+        """See Worker."""
+        running = self._jobs.pop(id, None)
+        if running is not None:
+            running.events.put_nowait(None)
+            self._send("cancel", id)
+            self._changed.set()
+
+    async def tokenize(self, text: str, *, add_special: bool, parse_special: bool) -> list[int]:
+        """See Worker."""
+        tokens: list[int] = await self._ask("tokenize", text, add_special, parse_special)
+        return tokens
+
+    async def detokenize(self, tokens: list[int]) -> str:
+        """See Worker."""
+        return str(await self._ask("detokenize", tokens))
+
+    async def apply_template(self, messages: list[dict[str, Any]]) -> str:
+        """See Worker."""
+        return str(await self._ask("apply_template", messages))
+
+    async def _ask(self, kind: str, *values: Any) -> Any:
+        if not self.ready:
+            raise WorkerError("the model is not ready")
+        self._keys += 1
+        key, answer = self._keys, self._loop.create_future()
+        self._answers[key] = answer
+        try:
+            self._send(kind, key, *values)
+            return await answer
+        finally:
+            del self._answers[key]
+
+    async def close(self, deadline_s: float) -> None:
+        """See Worker."""
+        self._closing, end = True, self._loop.time() + deadline_s
+        if self._restart is not None:
+            self._restart.cancel()
+        while self._jobs and self._life is not None and (left := end - self._loop.time()) > 0:
+            self._changed.clear()
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), left)
+        self._fail_all("the server is shutting down")
+        life, self._life = self._life, None
+        if life is not None:
+            with suppress(OSError):
+                life.to.send(("quit",))
+            await asyncio.to_thread(_end, life)
+            _shut(life)
+
+    def _send(self, *command: Any) -> None:
+        if self._life is not None:
+            with suppress(OSError):  # the process has died; its reader will say so
+                self._life.to.send(command)
+
+    def _spawn(self) -> None:
+        self._restart = None
+        context = multiprocessing.get_context("spawn")
+        inbox, to = context.Pipe(duplex=False)
+        source, outbox = context.Pipe(duplex=False)
+        process = context.Process(target=run, args=(self._options, inbox, outbox), name="model", daemon=True)
+        process.start()
+        atexit.register(process.kill)  # where nobody has closed; before multiprocessing would wait for it
+        inbox.close()
+        outbox.close()
+        life = self._life = _Process(process, to, source)
+        life.reader = threading.Thread(target=self._read, args=(life,), name="model-events", daemon=True)
+        life.reader.start()
+
+    def _read(self, life: _Process) -> None:
+        """Pass on what the process says until it has gone; runs in a thread."""
+        with suppress(RuntimeError):  # the loop is closed
+            try:
+                while True:
+                    self._loop.call_soon_threadsafe(self._take, life, *life.source.recv())
+            except Exception:  # it has gone, or was killed within a message
+                life.process.join()
+                self._loop.call_soon_threadsafe(self._lost, life)
+
+    def _take(self, life: _Process, kind: str, *rest: Any) -> None:
+        """Obey what a process says."""
+        if life is not self._life:
+            return
+        if kind == "ready":
+            self.info, life.ready, self._delay_s = rest[0], True, FIRST_DELAY_S
+        elif kind == "refused":
+            self._refusal = rest[0]
+        elif kind == "answer":
+            self._answer(*rest)
+        else:
+            for event in rest[0]:
+                self._deliver(event)
+        if kind != "answer":
+            self._changed.set()
+
+    def _answer(self, key: int, value: Any) -> None:
+        answer = self._answers.get(key)
+        if answer is None or answer.done():
+            return
+        if isinstance(value, Exception):
+            answer.set_exception(value)
+        else:
+            answer.set_result(value)
+
+    def _deliver(self, event: Event) -> None:
+        running = self._jobs.get(event.id)
+        if running is None:  # cancelled meanwhile
+            return
+        running.events.put_nowait(event)
+        if isinstance(event, Started):
+            running.started = True
+        elif isinstance(event, (Finished, Failed)):
+            del self._jobs[event.id]
+            self._job_s += 0.1 * (perf_counter() - running.since - self._job_s)
+
+    def _lost(self, life: _Process) -> None:
+        """The process has ended, and nobody asked it to."""
+        _shut(life)
+        if life is not self._life:
+            return
+        self._life = None
+        self._fail_all(DIED)
+        if self._closing or (self._refusal is not None and not self.info.context):
+            return
+        log.error("the model's process ended with code %s", life.process.exitcode)
+        delay = 0.0 if life.ready else self._delay_s
+        self._delay_s = FIRST_DELAY_S if life.ready else min(2 * self._delay_s, LONGEST_DELAY_S)
+        self._restart = self._loop.call_later(delay, self._spawn)
+
+    def _fail_all(self, why: str) -> None:
+        for id in list(self._jobs):
+            self._deliver(Failed(id, "internal", why))
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(WorkerError(why))
+        self._changed.set()
+
+
+def _end(life: _Process) -> None:
+    """Wait until a process is gone, killing it where it does not go."""
+    assert life.reader is not None
+    life.reader.join(QUIT_S)  # which waits for the process
+    if life.reader.is_alive():
+        life.process.kill()
+        life.reader.join()
+
+
+def _shut(life: _Process) -> None:
+    """Close its pipes; in the event loop only, as two threads might close one descriptor twice."""
+    atexit.unregister(life.process.kill)
+    life.to.close()
+    life.source.close()

@@ -1,0 +1,63 @@
+"""Apps under test: on a real socket, or without a network for a client that reads and leaves when it likes."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+
+from commands.serve import listen
+
+
+@contextmanager
+def on_a_socket(app: FastAPI) -> Iterator[str]:
+    """Serve an app in a thread; yield its address."""
+    with listen("127.0.0.1", 0) as listener:
+        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(10)
+
+
+class Connection:
+    """One request, spoken in ASGI itself, whose client leaves when it likes."""
+
+    def __init__(self, app: FastAPI, body: dict[str, Any] | bytes, path: str = "/v1/completions") -> None:
+        self.sent: list[Any] = []
+        self.left = asyncio.Event()
+        self.reading = asyncio.Event()
+        self.reading.set()
+        self._body: bytes | None = body if isinstance(body, bytes) else json.dumps(body).encode()
+        scope = {
+            "type": "http", "asgi": {"version": "3.0", "spec_version": "2.4"}, "http_version": "1.1",
+            "method": "POST" if self._body else "GET", "path": path, "raw_path": path.encode(), "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"localhost")], "scheme": "http", "server": ("localhost", 80), "client": None,
+        }  # fmt: skip
+        self.task = asyncio.create_task(app(scope, self._receive, self._send))
+
+    async def _receive(self) -> Any:
+        if self._body is not None:
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def _send(self, message: Any) -> None:
+        await self.reading.wait()
+        self.sent.append(message)
+
+    async def answer(self) -> tuple[int, str]:
+        """Return status and body when all is answered."""
+        await self.task
+        return self.sent[0]["status"], b"".join(m.get("body", b"") for m in self.sent).decode()
