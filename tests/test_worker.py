@@ -52,7 +52,7 @@ class Served:
 
     def run(self, work: Awaitable[T]) -> T:
         async def soon() -> T:
-            return await asyncio.wait_for(work, 60)
+            return await asyncio.wait_for(work, 240)  # torch alone may take a minute to load on a busy machine
 
         return self.loop.run_until_complete(soon())
 
