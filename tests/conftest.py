@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads and llama.cpp's fight
 
@@ -18,6 +19,7 @@ from tiny_llama import TinyConfig, TinyLlama, write_gguf
 from model.base import remember
 from model.base.gguf_file import requantize
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "tiny-python.Q4_0.gguf"
 FOREIGN = TinyConfig(vocab=1024, dim=192, layers=2, n_heads=6, n_kv_heads=2, ffn=320, context=512)
@@ -47,6 +49,14 @@ def bundled_gguf() -> Path:
     """The GGUF that ships with the project."""
     assert BUNDLED.exists(), f"{BUNDLED} is part of the repository"
     return BUNDLED
+
+
+@pytest.fixture(scope="session")
+def bundled_f32(bundled_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundled model in F32, where texts are equal whatever the batches look like; its heads fit."""
+    target = tmp_path_factory.mktemp("f32") / "tiny-python.F32.gguf"
+    requantize(bundled_gguf, target, "F32")
+    return target
 
 
 def random_llama(config: TinyConfig, seed: int = 0) -> TinyLlama:

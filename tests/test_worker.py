@@ -116,6 +116,11 @@ def served(bundled_gguf: Path) -> Iterator[Served]:
 
 
 @pytest.fixture(scope="module")
+def served_f32(bundled_f32: Path) -> Iterator[Served]:
+    yield from serve(options(bundled_f32))
+
+
+@pytest.fixture(scope="module")
 def engine(bundled_gguf: Path) -> Iterator[Engine]:
     engine = Engine(bundled_gguf, options(bundled_gguf).engine, None, HEADS_FOLDER)
     yield engine
@@ -212,7 +217,8 @@ def test_events_come_in_order_and_add_up(served: Served) -> None:
         assert [p for _, p in token.top] == sorted((p for _, p in token.top), reverse=True)
 
 
-def test_a_seed_repeats_a_text_whoever_drafts(served: Served) -> None:
+def test_a_seed_repeats_a_text_whoever_drafts(served_f32: Served) -> None:
+    served = served_f32
     sampling = Sampling(temperature=0.9, seed=11, min_p=0.02, frequency_penalty=0.3, repeat_penalty=1.1)
     kinds: list[Draft] = ["auto", "medusa", "ngram", "none"]
     texts = [served.write(Job("x", PROMPTS[2], 12, sampling, draft=kind))[0] for kind in kinds]

@@ -26,6 +26,9 @@ REST, LONGEST_REST = 64, 256  # steps without a source that does not pay; double
 WORTH = 1.02  # drafting must beat plain decoding by this much
 HOPEFUL = 0.7  # of plain decoding's speed: what promises less is not even tried again
 DOUBT = 2.0  # steps that the validation's rates count for, beside those that were lived through
+PLAIN_EVERY = 48  # steps with drafts, then one without, to see what it costs
+LATELY = 0.2  # of the newest step's time in what is known of the others
+SPIKE = 8.0  # a step's time counts as so many times the predicted one at the most
 FADE = 0.9  # of what was seen, per refresh: the text changes
 # How often the first token of a branch is right, by the bits of the length of the match, and each one behind it:
 # a start only, corrected within a few steps.
@@ -56,7 +59,8 @@ class Live:
     def __post_init__(self) -> None:
         self.expected, self.hits = [0.0] * self.depths, [0.0] * self.depths
         self.branches = [[0.0] * 4 for _ in FIRST]  # tries and hits of the first token, of the later ones
-        self.plain, self.drafted = [0.0, 0.0], [0.0, 0.0]  # seconds as predicted, as measured
+        self.plain, self.drafted = 0.0, 0.0  # seconds as measured by those predicted, lately; 0: never
+        self.since_plain = 0  # steps since one without a draft
 
 
 class LivePlan:
@@ -104,6 +108,8 @@ class LivePlan:
         """See Plan."""
         live, following = self.look(slot)
         nodes, branch = live.table[live.match]
+        if live.since_plain >= PLAIN_EVERY:  # or nobody would notice that plain steps are cheaper than was measured
+            return self.proposal(slot, 0, following, 0)
         return self.proposal(slot, nodes, following, branch)
 
     def propose_all(self, slots: Sequence[Slot]) -> list[Proposal]:
@@ -131,9 +137,12 @@ class LivePlan:
         live = slot.live
         assert live is not None
         if rows == len(tokens) and rows <= len(live.seconds) and live.seconds[rows - 1] < np.inf:  # it was alone
-            seen = live.plain if rows == 1 else live.drafted
-            seen[0] += live.seconds[rows - 1]
-            seen[1] += took
+            ratio = min(max(took / float(live.seconds[rows - 1]), 1 / SPIKE), SPIKE)
+            if rows == 1:
+                live.plain = live.plain + LATELY * (ratio - live.plain) if live.plain else ratio
+            else:
+                live.drafted = live.drafted + LATELY * (ratio - live.drafted) if live.drafted else ratio
+        live.since_plain = 0 if rows == 1 else live.since_plain + 1
         tree = proposal.tree
         if len(tree) > 1:
             rates, node = self._rates[len(tree) - 1], 0
@@ -182,8 +191,7 @@ class LivePlan:
                 live.spans[source] = REST
             else:
                 live.rests[source], live.spans[source] = live.spans[source], min(2 * live.spans[source], LONGEST_REST)
-        faded = [live.plain, live.drafted]
-        faded += [] if live.rests[0] else [live.expected, live.hits]  # what rests is remembered
+        faded = [] if live.rests[0] else [live.expected, live.hits]  # what rests is remembered
         faded += [] if live.rests[1] else live.branches
         for counts in faded:
             counts[:] = [FADE * count for count in counts]
@@ -194,8 +202,7 @@ class LivePlan:
         favour: how much more drafting is made to earn than is expected.
         """
         seconds = live.seconds
-        one = seconds[0]
-        drift = [(measured + one) / (predicted + one) for predicted, measured in (live.plain, live.drafted)]
+        one, drift = seconds[0], (live.plain or live.drafted or 1.0, live.drafted or live.plain or 1.0)
         heads = slot.drafter is not None and not live.rests[0]
         scale = (np.array(live.hits) + DOUBT) / (np.array(live.expected) + DOUBT)
         rates = np.minimum(1.0, self._rates * scale)

@@ -109,8 +109,7 @@ def measure_curve(
     every other one backwards: a drift of the machine meets all sizes, and none always follows the same neighbour.
 
     budget_s: seconds for everything by `clock`, what `run` does besides its batch included; each context has an
-    equal share of it. Rounds go on as long as another fits; 3 are made in any case (a median of fewer keeps its
-    spikes), unless the batches of a single round take longer than the share: then that round is all there is.
+    equal share of it. Rounds go on as long as another fits; 3 are made in any case: a median of fewer keeps its spikes.
     """
     assert _ascending(sizes, 1) and _ascending(contexts, 0), f"sizes {sizes}, contexts {contexts}"
     share = budget_s / len(contexts)
@@ -128,8 +127,7 @@ def _measure_row(
             times[n].append(run(n, context))
         rounds += 1
         round_s = sum(each[-1] for each in times.values())
-        enough = rounds >= MIN_ROUNDS or (rounds == 1 and round_s > budget_s)
-        if enough and clock() - start + round_s > budget_s:
+        if rounds >= MIN_ROUNDS and clock() - start + round_s > budget_s:
             return tuple(float(median(times[n])) for n in sizes)
 
 
