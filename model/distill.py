@@ -26,8 +26,9 @@ from model.base.chat import ChatTemplate, template_of  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
-from model.errors import DataError, MedusaError, ModelFileError  # noqa: E402
+from model.errors import DataError, ModelFileError  # noqa: E402
 from model.training.answers import Answer, AnswerFile  # noqa: E402
+from model.training.command import run_command  # noqa: E402
 from model.training.dialogue import Dialogue, opening  # noqa: E402
 from model.training.distill_options import OPTIONS, DistillOptions  # noqa: E402
 from model.training.documents import read_records  # noqa: E402
@@ -194,17 +195,9 @@ def main(**values: Any) -> None:
 
 
 def run() -> None:
-    """Run the command; what a user can cause is one line and exit status 2."""
-    try:
-        main(standalone_mode=False)
-    except (MedusaError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"error: {message}", err=True)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        again = shlex.join([os.path.relpath(Path(__file__).resolve()), *sys.argv[1:]])
-        click.echo(f"stopped; finished answers are kept, and the same command goes on:\n  python {again}", err=True)
-        sys.exit(130)
+    """Run the command."""
+    again = shlex.join([os.path.relpath(Path(__file__).resolve()), *sys.argv[1:]])
+    run_command(main, f"stopped; finished answers are kept, and the same command goes on:\n  python {again}")
 
 
 if __name__ == "__main__":

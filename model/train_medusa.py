@@ -31,11 +31,12 @@ from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
 from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
-from model.errors import MedusaError, ModelFileError, UsageError  # noqa: E402
+from model.errors import ModelFileError, UsageError  # noqa: E402
 from model.heads.files import base_facts  # noqa: E402
 from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
 from model.training.batches import Batches  # noqa: E402
 from model.training.checkpoints import read_run  # noqa: E402
+from model.training.command import run_command  # noqa: E402
 from model.training.documents import read_documents  # noqa: E402
 from model.training.extraction import States, StreamedStates, open_base  # noqa: E402
 from model.training.options import TrainOptions, read_config  # noqa: E402
@@ -311,16 +312,8 @@ def main(**values: Any) -> None:
 
 
 def run() -> None:
-    """Run the command; what a user can cause is one line and exit status 2."""
-    try:
-        main(standalone_mode=False)
-    except (MedusaError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
-        click.echo(f"error: {message}", err=True)
-        sys.exit(2)
-    except (click.Abort, KeyboardInterrupt):
-        click.echo("stopped; the same command goes on with the states that are finished", err=True)
-        sys.exit(130)
+    """Run the command."""
+    run_command(main, "stopped; the same command goes on with the states that are finished")
 
 
 if __name__ == "__main__":
