@@ -148,7 +148,7 @@ class LivePlan:
             rates, node = self._rates[len(tree) - 1], 0
             for depth, token in enumerate(won[: tree.max_depth]):
                 live.expected[depth] += rates[depth]
-                node = next((c for c in tree.children[node] if tokens[c] == token), 0)
+                node = tree.child_with(node, token, tokens)
                 if not node:
                     break
                 live.hits[depth] += 1

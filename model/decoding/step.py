@@ -232,7 +232,7 @@ def _with_branch(proposal: Proposal, tokens: list[int]) -> Tree:
     tree, following, branch = proposal
     node = at = 0
     while at < len(following):
-        child = next((c for c in tree.children[node] if tokens[c] == following[at]), 0)
+        child = tree.child_with(node, following[at], tokens)
         if not child:
             break
         node, at = child, at + 1

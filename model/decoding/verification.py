@@ -43,12 +43,10 @@ def verify(
             sampler.take(token)
         if ends(token) or len(won) == room:
             return node, won, True
-        for child in tree.children[node]:
-            if tokens[child] == token:
-                node = child
-                break
-        else:
+        child = tree.child_with(node, token, tokens)
+        if not child:
             return node, won, False
+        node = child
 
 
 def verify_typically(

@@ -93,6 +93,13 @@ class Tree:
             self._flat[ranks] = ((self.depths[1:] - 1) * ranks + self.ranks[1:]).tolist()
         return self._flat[ranks]
 
+    def child_with(self, node: int, token: int, tokens: list[int]) -> int:
+        """Return the child of a node that holds a token, given all nodes' tokens (N,); 0: there is none."""
+        for child in self.children[node]:
+            if tokens[child] == token:
+                return child
+        return 0
+
     def with_branch(self, node: int, length: int) -> Tree:
         """Return the tree with a chain of so many more nodes under a node; they stand behind all others."""
         if not length:
