@@ -39,3 +39,8 @@ def test_repeats_are_counted_as_the_benchmark_counts_them() -> None:
     texts = [random.Random(i).choices(range(3), k=100) for i in range(5)] + [[1, 2, 3]]
     repeated, total = count_repeats(texts)
     assert repeated / total == repeated_ngrams(texts) and total == 5 * 93
+    by_hand = 0
+    for text in texts:
+        grams = [tuple(text[i : i + GRAM]) for i in range(len(text) - GRAM + 1)]
+        by_hand += len(grams) - len(set(grams))
+    assert repeated == by_hand

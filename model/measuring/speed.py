@@ -13,6 +13,7 @@ from statistics import median
 from typing import Any
 
 from model.decoding.generation import Generation, Request
+from model.decoding.loops import count_repeats
 from model.decoding.step import STAGES, Stats
 from model.engine import Decoder, Engine
 
@@ -95,17 +96,10 @@ def find_divergences(
     return found
 
 
-def repeated_ngrams(texts: Sequence[Sequence[int]], n: int = 8) -> float:
-    """Return the share of n-grams that stood in the same text before: how much it loops."""
-    repeats = total = 0
-    for text in texts:
-        seen: set[tuple[int, ...]] = set()
-        for i in range(len(text) - n + 1):
-            gram = tuple(text[i : i + n])
-            repeats += gram in seen
-            total += 1
-            seen.add(gram)
-    return repeats / total if total else 0.0
+def repeated_ngrams(texts: Sequence[Sequence[int]]) -> float:
+    """Return the share of 8-grams that stood in the same text before: how much it loops."""
+    repeated, total = count_repeats(texts)
+    return repeated / total if total else 0.0
 
 
 def _add(total: Stats, one: Stats) -> None:

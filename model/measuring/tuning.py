@@ -81,16 +81,14 @@ class Tuning:
         """Read what was kept; None where it is damaged or of another form."""
         try:
             curve = CostCurve.from_json(data["curve"])
-            tuning = cls(curve or _no_curve(), data["draft_s"], data["accuracies"], int(data["tokens"]))
+            if curve is None:
+                return None
+            tuning = cls(curve, data["draft_s"], data["accuracies"], int(data["tokens"]))
             times, rates = np.array(tuning.draft_s, np.float64), np.array(tuning.accuracies, np.float64)
         except (KeyError, TypeError, ValueError):
             return None
         sound = rates.shape[:1] == times.shape and rates.ndim == (2 if len(times) else 1)
         return tuning if sound and (times >= 0).all() and ((rates >= 0) & (rates <= 1)).all() else None
-
-
-def _no_curve() -> CostCurve:
-    raise ValueError("damaged")
 
 
 def tuned(
