@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,3 +36,15 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(OutputError, match="cannot be written"), whole_file(tmp_path / "file" / "x") as draft:
         draft.touch()
+
+
+def test_a_killed_writers_draft_goes_and_a_living_ones_stays(tmp_path: Path) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    path = tmp_path / "file[1].json"
+    left, others = tmp_path / f".{path.name}.{dead.pid}", [f".{path.name}.{os.getppid()}", f".{path.name}.notes"]
+    for name in (left.name, *others):
+        (tmp_path / name).write_text("half")
+    with whole_file(path) as draft:
+        draft.write_text("whole")
+    assert sorted(f.name for f in tmp_path.iterdir()) == sorted([path.name, *others])

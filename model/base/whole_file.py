@@ -1,8 +1,12 @@
-"""Files that are there whole or not at all: written under a temporary name, synced, renamed."""
+"""Files that are there whole or not at all: written under a temporary name, synced, renamed.
+
+The temporary name ends in the writer's process id, so what a killed writer left is told from what a living one writes.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,11 +19,13 @@ from model.errors import OutputError
 def whole_file(path: Path) -> Iterator[Path]:
     """Give a name to write to; that file takes the place of `path` when all went well, and vanishes otherwise.
 
-    Makes the folder where it is missing. Raises OutputError when something cannot be written.
+    Makes the folder where it is missing, and removes what killed processes left of the same file. Raises OutputError
+    when something cannot be written.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_left_behind(path)
         yield draft
         with draft.open("r+b") as f:
             os.fsync(f.fileno())
@@ -31,6 +37,23 @@ def whole_file(path: Path) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             draft.unlink()
+
+
+def _remove_left_behind(path: Path) -> None:
+    for draft in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        pid = draft.name.rpartition(".")[2]
+        if pid.isdecimal() and not _lives(int(pid)):
+            draft.unlink(missing_ok=True)
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):  # another user's; or no process id at all
+        return True
+    return True
 
 
 def require_room(path: Path, n_bytes: int) -> None:
