@@ -7,16 +7,19 @@
     python benchmarks/speed.py --what others --types q4_0         # llama-cpp-python's own loop and prompt lookup
 
 The model is the one of scale_up.py: it writes what the bundled model writes, at the cost of 1 B parameters. Plain
-decoding has a context of its own; both take turns in one process. Writes speed.json and speed.md under
-benchmarks/results/, after every case.
+decoding has a context of its own; all ways to draft and it take turns in one process. Writes speed.json and speed.md
+under benchmarks/results/ after every type and temperature; others that were measured there in the same way stay, so
+that an hour's run can be made in parts.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -45,8 +48,8 @@ TYPES = ("bf16", "q4_0+q4_0", "q4_0", "q4_k_m")  # type, + the LM head's where i
 COLUMNS = (
     ("type", "type"), ("temperature", "T"), ("who", "drafted by"), ("plain_tokens_per_s", "plain tok/s"),
     ("medusa_tokens_per_s", "drafted tok/s"), ("speedup", "speedup"), ("expected_speedup", "predicted"),
-    ("acceptance_length", "tokens a step"), ("nodes", "nodes a step"), ("draft_share", "drafting"),
-    ("repeated_8grams", "looping 8-grams"), ("equal", "same text"),
+    ("of_expected", "of it"), ("acceptance_length", "tokens a step"), ("nodes", "nodes a step"),
+    ("draft_share", "drafting"), ("repeated_8grams", "looping 8-grams"), ("equal", "same text"),
 )  # fmt: skip
 
 
@@ -72,23 +75,19 @@ def requests_for(engine: Engine, what: str, temperature: float, n: int, tokens: 
     return [replace(r, prompt=r.prompt[:room]) for r in requests]
 
 
-def measured(
-    engine: Engine, requests: list[Request], decoder: Decoder, tuning: Tuning, runs: int, **labels: Any
-) -> dict[str, Any]:
-    """Compare one way to draft with plain decoding; return a row for the table."""
-    with decoder:
-        result = compare(engine, requests, decoder, runs=runs)
-    del result["text_pairs"]
+def labelled(result: dict[str, Any], requests: list[Request], tuning: Tuning, **labels: Any) -> dict[str, Any]:
+    """Return the figures of one way to draft, with what the tuning predicts for the steps that were made."""
     steps, length = sum(result["steps_by_nodes"].values()), result["acceptance_length"]
     context = sum(len(r.prompt) + r.max_tokens / 2 for r in requests) / len(requests)
     step_us = sum(result[f"{part}_us"] for part in ("draft", "decode", "verify", "other"))
+    expected = tuning.expected_speedup(result["steps_by_nodes"], round(length * steps), result["head_steps"], context)
+    del result["text_pairs"]
     return {
         **labels,
         "plain_tokens_per_s": result["plain"]["tokens_per_s"],
         "medusa_tokens_per_s": result["medusa"]["tokens_per_s"],
-        "expected_speedup": tuning.expected_speedup(
-            result["steps_by_nodes"], round(length * steps), result["head_steps"], context
-        ),
+        "expected_speedup": expected,
+        "of_expected": result["speedup"] / expected,
         "nodes": result["tree_nodes"],
         "draft_share": result["draft_us"] / step_us,
         "equal": f"{result['equal_sequences']}/{result['sequences']}",
@@ -96,29 +95,35 @@ def measured(
     }
 
 
-def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, str, Decoder]]:
-    """Yield who drafts, the kind of prompts and the decoder; each is closed before the next is made."""
+def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, dict[str, Decoder]]]:
+    """Yield the kind of prompts and the ways to draft that take turns on them."""
     context, most = tuning.curve.contexts[0], engine.options.max_nodes
-    best, without = tuning.best(context, most), replace(tuning, draft_s=[], accuracies=[])
+    best = tuning.best(context, most)
     if what == "sweep":
-        for choice in tuning.choices(context, min(most, 16))[1:]:
-            mark = ", the tuned one" if choice.tree.paths == best.tree.paths else ""
-            yield f"heads, {len(choice.tree) - 1} fixed{mark}", "python", engine.decoder(choice.tree)
+        trees = [choice.tree for choice in tuning.choices(context, min(most, 16))[1:]]
+        marks = [", the tuned one" * (tree.paths == best.tree.paths) for tree in trees]
+        yield "python", {f"heads, {len(t) - 1} fixed{m}": engine.decoder(t) for t, m in zip(trees, marks, strict=True)}
     elif what == "worst":
+        useless = {}
         for ngrams in (False, True):
-            useless = live_decoder(engine, tuning, ngrams=ngrams)
-            if useless.drafter is not None:
-                useless.drafter = RandomDrafter(engine.file.n_vocab, engine.n_heads, RANKS)
-            yield f"useless heads{' and text so far' * ngrams}", "python", useless
-        yield "both, foreign text", "foreign", live_decoder(engine, tuning, ngrams=True)
-        yield "both, long prompts", "long", live_decoder(engine, tuning, ngrams=True)
+            way = useless["useless heads" + ngrams * " and text so far"] = live_decoder(engine, tuning, ngrams=ngrams)
+            if way.drafter is not None:
+                way.drafter = RandomDrafter(engine.file.n_vocab, engine.n_heads, RANKS)
+        yield "python", useless
+        for kind in ("foreign", "long"):
+            yield kind, {f"both, {kind} text": live_decoder(engine, tuning, ngrams=True)}
+    elif what == "copying":
+        yield (
+            "copying",
+            {
+                "heads": live_decoder(engine, tuning, ngrams=False),
+                "text so far": live_decoder(engine, replace(tuning, draft_s=[], accuracies=[]), ngrams=True),
+                "both": live_decoder(engine, tuning, ngrams=True),
+            },
+        )
     else:
-        if what == "usual" and len(best.tree) > 1:
-            yield f"heads, {len(best.tree) - 1} fixed", "python", engine.decoder(best.tree)
-        kind = "copying" if what == "copying" else "python"
-        yield "heads", kind, live_decoder(engine, tuning, ngrams=False)
-        yield "text so far", kind, live_decoder(engine, without, ngrams=True)
-        yield "both", kind, live_decoder(engine, tuning, ngrams=True)
+        fixed = {f"heads, {len(best.tree) - 1} fixed": engine.decoder(best.tree)} if len(best.tree) > 1 else {}
+        yield "python", {**fixed, "both": live_decoder(engine, tuning, ngrams=True)}
 
 
 def others(path: Path, requests: list[Request], threads: int) -> dict[str, float]:
@@ -145,14 +150,66 @@ def others(path: Path, requests: list[Request], threads: int) -> dict[str, float
     return rates
 
 
+def kept_rows(path: Path, about: dict[str, Any], done: set[tuple[str, float]]) -> list[dict[str, Any]]:
+    """Return the rows of other types and temperatures that were measured before in the same way."""
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        same = all(before[key] == about[key] for key in about if key not in ("command", "model", "quantization"))
+        return [r for r in before["rows"] if same and (r["type"], r["temperature"]) not in done]
+    except (OSError, ValueError, KeyError):
+        return []
+
+
+def place(row: dict[str, Any]) -> tuple[int, float]:
+    """Return where a row stands in the table."""
+    return TYPES.index(row["type"]) if row["type"] in TYPES else len(TYPES), row["temperature"]
+
+
+def cells(row: dict[str, Any]) -> str:
+    """Return a row as Markdown."""
+    texts = [f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key, _ in COLUMNS]
+    return "| " + " | ".join(texts) + " |"
+
+
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Return the rows as a Markdown table under a line of facts."""
-    lines = [f"{about['machine']}, {about['threads']} threads, {about['versions']}. `{about['command']}`", ""]
+    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
+    lines = [f"{about['machine']}, {about['threads']} threads, {versions}. `{about['command']}`", ""]
     lines += ["| " + " | ".join(title for _, title in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    for row in rows:
-        cells = [f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key, _ in COLUMNS]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines + [cells(row) for row in rows]) + "\n"
+
+
+@dataclass(frozen=True)
+class Amount:
+    """What is measured, on how many texts of how many tokens, how often."""
+
+    what: str
+    shape: str
+    n_prompts: int
+    max_tokens: int
+    runs: int
+
+
+def measure_rows(engine: Engine, amount: Amount, temperature: float, **labels: Any) -> list[dict[str, Any]]:
+    """Measure one model at one temperature."""
+    rows = []
+    tuning = measure(engine, requests_for(engine, "trial", temperature, 5, 64), heads=True, budget_s=4.0)
+    for texts, ways in cases(engine, tuning, amount.what):
+        requests = requests_for(engine, texts, temperature, amount.n_prompts, amount.max_tokens)
+        with ExitStack() as stack:
+            for decoder in ways.values():
+                stack.enter_context(decoder)
+            results = compare(engine, requests, *ways.values(), runs=amount.runs)
+        for who, result in zip(ways, results, strict=True):
+            rows.append(labelled(result, requests, tuning, **labels, temperature=temperature, who=who))
+            click.echo(cells(rows[-1]))
+    if amount.what == "others":
+        plain, blank = rows[-1]["plain_tokens_per_s"], dict.fromkeys((key for key, _ in COLUMNS), "")
+        for who, rate in others(engine.file.path, requests, engine.options.n_threads).items():
+            figures = {"medusa_tokens_per_s": rate, "speedup": rate / plain, "plain_tokens_per_s": plain}
+            rows.append({**blank, **labels, "temperature": temperature, "who": who, **figures})
+            click.echo(cells(rows[-1]))
+    return rows
 
 
 @click.command()
@@ -163,56 +220,29 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 @click.option("--max_tokens", default=160, show_default=True)
 @click.option("--runs", default=1, show_default=True, help="How often every text is written each way.")
 @click.option("--what", type=click.Choice(["usual", "worst", "sweep", "copying", "others"]), default="usual")
-@click.option(
-    "--out", type=click.Path(path_type=Path), help="Without suffix.", show_default="benchmarks/results/speed…"
-)
-def main(
-    types: str,
-    temperatures: str,
-    shape: str,
-    n_prompts: int,
-    max_tokens: int,
-    runs: int,
-    what: str,
-    out: Path | None,
-) -> None:
+@click.option("--out", type=click.Path(path_type=Path), help="Without suffix; default: benchmarks/results/speed…")
+def main(types: str, temperatures: str, out: Path | None, **amounts: Any) -> None:
     """Measure every type at every temperature."""
-    settings, rows = Settings.load(), list[dict[str, Any]]()
-    out = out or ROOT / "benchmarks" / "results" / f"speed{'' if what == 'usual' else f'_{what}'}"
+    settings, amount = Settings.load(), Amount(**amounts)
+    rows, done = list[dict[str, Any]](), set[tuple[str, float]]()
+    out = out or ROOT / "benchmarks" / "results" / ("speed" if amount.what == "usual" else f"speed_{amount.what}")
     options = EngineOptions(settings.n_threads, settings.model_context_size, settings.n_gpu_layers, max_nodes=32)
-    for kind in types.split(",") if shape != "tiny" else [""]:
+    for kind in types.split(",") if amount.shape != "tiny" else [""]:
         model, heads = BUNDLED, None
-        if shape != "tiny":
+        if amount.shape != "tiny":
             main_type, _, output_type = kind.partition("+")
-            scaled = build(shape, main_type.upper(), output_type.upper() or None)
+            scaled = build(amount.shape, main_type.upper(), output_type.upper() or None)
             model, heads = scaled.model, scaled.heads
         engine = Engine(model, options, heads, HEADS_FOLDER)
-        about = {**facts(engine), "command": " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])}
+        command = " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])
+        about = {**facts(engine), "command": command, **asdict(amount)}
         for temperature in map(float, temperatures.split(",")):
-            labels = {"type": kind or engine.file.file_type, "temperature": temperature}
-            trial = requests_for(engine, "trial", temperature, 5, 64)
-            tuning = measure(engine, trial, heads=True, budget_s=4.0)
-            for who, texts, decoder in cases(engine, tuning, "usual" if what == "others" else what):
-                requests = requests_for(engine, texts, temperature, n_prompts, max_tokens)
-                rows.append(measured(engine, requests, decoder, tuning, runs, **labels, who=who))
-                click.echo(markdown(rows[-1:], about).splitlines()[-1])
-            if what == "others":
-                requests = requests_for(engine, "python", temperature, n_prompts, max_tokens)
-                for who, rate in others(model, requests, settings.n_threads).items():
-                    plain = rows[-1]["plain_tokens_per_s"]
-                    row = dict.fromkeys((key for key, _ in COLUMNS), "")
-                    rows.append(
-                        row
-                        | labels
-                        | {
-                            "who": who,
-                            "medusa_tokens_per_s": rate,
-                            "speedup": rate / plain,
-                            "plain_tokens_per_s": plain,
-                        }
-                    )
-            write_json(out.with_suffix(".json"), {**about, "shape": shape, "rows": rows})
-            out.with_suffix(".md").write_text(markdown(rows, about), encoding="utf-8")
+            label = kind or engine.file.file_type
+            rows += measure_rows(engine, amount, temperature, type=label)
+            done.add((label, temperature))
+            table = sorted(kept_rows(out.with_suffix(".json"), about, done) + rows, key=place)
+            write_json(out.with_suffix(".json"), {**about, "rows": table})
+            out.with_suffix(".md").write_text(markdown(table, about), encoding="utf-8")
         engine.model.close()
 
 

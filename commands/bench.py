@@ -47,7 +47,7 @@ def bench(
         engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(read_prompts(prompts))
     ]
     with open_decoder(engine, sampling, **drafting) as medusa:
-        result = compare(engine, requests, medusa, runs=runs)
+        [result] = compare(engine, requests, medusa, runs=runs)
         if trace:
             generation = medusa.start(requests[0])
             generation.slot.stats.timeline = []

@@ -81,7 +81,8 @@ def in_turn(engine: Engine, texts: list[str], max_tokens: int, runs: int = 3) ->
         sampling = SamplingParams(temperature)
         requests = [engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(texts)]
         with live_decoder(engine, tune_engine(engine, sampling, "both", 0), ngrams=True) as medusa:
-            results.append({"temperature": temperature, **compare(engine, requests, medusa, runs=runs)})
+            [result] = compare(engine, requests, medusa, runs=runs)
+        results.append({"temperature": temperature, **result})
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,15 +64,14 @@ def tune(
         engine.request(p, max_tokens, sampling=replace(sampling, seed=i))
         for i, p in enumerate(read_prompts(prompts)[:n_prompts])
     ]
-    for name in ("this tree in every step", "the live plan"):
-        if name == "the live plan":
-            medusa = live_decoder(engine, tuning, ngrams=True, draft_vocab=draft_vocab)
-        elif len(best.tree) == 1:
-            continue
-        else:
-            medusa = engine.decoder(best.tree, draft_vocab=draft_vocab)
-        with medusa:
-            result = compare(engine, requests, medusa, runs=1)
+    with ExitStack() as stack:
+        ways = {"the live plan": live_decoder(engine, tuning, ngrams=True, draft_vocab=draft_vocab)}
+        if len(best.tree) > 1:
+            ways["this tree in every step"] = engine.decoder(best.tree, draft_vocab=draft_vocab)
+        for way in ways.values():
+            stack.enter_context(way)
+        results = compare(engine, requests, *ways.values(), runs=1)
+    for name, result in zip(ways, results, strict=True):
         click.echo(
             f"measured on {len(requests)} prompts, {name}: {result['speedup']:.2f}x, "
             f"{result['acceptance_length']:.2f} tokens a step, {result['tree_nodes'] - 1:.1f} drafted"

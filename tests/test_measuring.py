@@ -76,7 +76,7 @@ def test_a_sampled_text_replayed_with_another_seed_fails(engine: Engine) -> None
 
 def test_comparison_reports_what_happened(engine: Engine) -> None:
     with engine.decoder(Tree.chain(3)) as medusa:
-        result = compare(engine, requests(engine), medusa, runs=2)
+        [result] = compare(engine, requests(engine), medusa, runs=2)
     assert result["sequences"] == 2 and result["equal_sequences"] + len(result["divergences"]) == 2
     assert result["plain"]["tokens_per_s"] > 0 and result["medusa"]["tokens_per_s"] > 0
     assert len(result["acceptance_rate_per_depth"]) == 3 and 3.5 < result["tree_nodes"] <= 4
@@ -86,7 +86,7 @@ def test_comparison_reports_what_happened(engine: Engine) -> None:
 
 def test_no_draft_is_plain_decoding(engine: Engine) -> None:
     with engine.decoder() as nobody:
-        result = compare(engine, requests(engine), nobody, runs=1)
+        [result] = compare(engine, requests(engine), nobody, runs=1)
     assert result["equal_sequences"] == 2 and result["acceptance_length"] == 1.0
 
 

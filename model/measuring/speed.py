@@ -1,4 +1,4 @@
-"""Plain decoding and Medusa side by side: the same prompts, one process, in turn.
+"""Plain decoding and drafted decoding side by side: the same prompts, one process, in turn.
 
 Plain decoding has a context of its own (one sequence, no states), so that nothing flatters the comparison.
 Times run from the end of the prompt to the end of the text.
@@ -7,7 +7,7 @@ Times run from the end of the prompt to the end of the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from statistics import median
 from typing import Any
@@ -27,36 +27,59 @@ class Divergence:
     margin: float
 
 
-def compare(engine: Engine, requests: Sequence[Request], medusa: Decoder, *, runs: int = 3) -> dict[str, Any]:
-    """Write all texts `runs` times both ways, in turn; return the figures of `bench` (rates are medians over runs)."""
+def compare(engine: Engine, requests: Sequence[Request], *ways: Decoder, runs: int = 3) -> list[dict[str, Any]]:
+    """Write all texts `runs` times by plain decoding and each of the ways, in turn; return each way's figures.
+
+    Rates are medians over runs.
+    """
     with engine.decoder() as plain:
-        for decoder in (plain, medusa):
+        for decoder in (plain, *ways):
             decoder.time(replace(requests[0], max_tokens=min(16, requests[0].max_tokens)))
-        return _compare(engine, plain, medusa, requests, runs)
+        measured = _in_turn((plain, *ways), requests, runs)
+        return [_figures(engine, plain, requests, measured[0], way) for way in measured[1:]]
 
 
-def _compare(engine: Engine, plain: Decoder, medusa: Decoder, requests: Sequence[Request], runs: int) -> dict[str, Any]:
-    times: list[tuple[float, float]] = []
-    texts: list[tuple[Generation, Generation]] = []
-    stats = Stats()
+@dataclass
+class _Measured:
+    """One way to decode: seconds of each run, the last run's texts, what all steps did."""
+
+    seconds: list[float] = field(default_factory=list)
+    texts: list[Generation] = field(default_factory=list)
+    stats: Stats = field(default_factory=Stats)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens per second of each run."""
+        tokens = sum(len(text.tokens) for text in self.texts)
+        return [tokens / seconds for seconds in self.seconds]
+
+
+def _in_turn(decoders: Sequence[Decoder], requests: Sequence[Request], runs: int) -> list[_Measured]:
+    measured = [_Measured() for _ in decoders]
     for run in range(runs):
-        seconds = [0.0, 0.0]
-        texts.clear()
+        for one in measured:
+            one.seconds.append(0.0)
+            one.texts.clear()
         for i, request in enumerate(requests):
-            pair = {}
-            for kind in (0, 1) if (i + run) % 2 else (1, 0):
-                pair[kind], spent = (plain, medusa)[kind].time(request)
-                seconds[kind] += spent
-            texts.append((pair[0], pair[1]))
-            _add(stats, pair[1].slot.stats)
-        times.append((seconds[0], seconds[1]))
-    counts = [sum(len(pair[kind].tokens) for pair in texts) for kind in (0, 1)]
-    divergences = find_divergences(plain, [p for p, _ in texts], [m for _, m in texts], requests)
+            for turn in range(len(decoders)):
+                which = (turn + i + run) % len(decoders)  # who goes first changes
+                generation, seconds = decoders[which].time(request)
+                measured[which].seconds[-1] += seconds
+                measured[which].texts.append(generation)
+                _add(measured[which].stats, generation.slot.stats)
+    return measured
+
+
+def _figures(
+    engine: Engine, decoder: Decoder, requests: Sequence[Request], plain: _Measured, way: _Measured
+) -> dict[str, Any]:
+    stats, texts = way.stats, [(p.tokens, w.tokens) for p, w in zip(plain.texts, way.texts, strict=True)]
+    divergences = find_divergences(decoder, plain.texts, way.texts, requests)
     micro = 1e6 / max(stats.steps, 1)
     return {
-        "plain": {"tokens_per_s": counts[0] / median(t[0] for t in times)},
-        "medusa": {"tokens_per_s": counts[1] / median(t[1] for t in times)},
-        "speedup": median((counts[1] / t[1]) / (counts[0] / t[0]) for t in times),
+        "plain": {"tokens_per_s": median(plain.rates)},
+        "medusa": {"tokens_per_s": median(way.rates)},
+        "speedup": median(w / p for p, w in zip(plain.rates, way.rates, strict=True)),
         "acceptance_length": stats.acceptance_length,
         "acceptance_rate_per_depth": [a / d for a, d in zip(stats.accepted, stats.drafted, strict=True)],
         "branch_accepted": stats.branch_accepted / max(stats.branch_drafted, 1),
@@ -72,8 +95,8 @@ def _compare(engine: Engine, plain: Decoder, medusa: Decoder, requests: Sequence
         "equal_sequences": len(texts) - len(divergences),
         "sequences": len(texts),
         "divergences": [asdict(d) for d in divergences],
-        "repeated_8grams": repeated_ngrams([p.tokens for p, _ in texts]),
-        "text_pairs": [(engine.model.detokenize(p.tokens), engine.model.detokenize(m.tokens)) for p, m in texts],
+        "repeated_8grams": repeated_ngrams([p for p, _ in texts]),
+        "text_pairs": [(engine.model.detokenize(p), engine.model.detokenize(w)) for p, w in texts],
     }
 
 
