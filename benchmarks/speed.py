@@ -92,6 +92,7 @@ def labelled(result: dict[str, Any], requests: list[Request], tuning: Tuning, **
         "draft_share": result["draft_us"] / step_us,
         "equal": f"{result['equal_sequences']}/{result['sequences']}",
         **result,
+        "tuning": tuning.to_json(),
     }
 
 

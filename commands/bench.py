@@ -56,6 +56,8 @@ def bench(
     del result["text_pairs"]
     result |= {"temperature": temperature, "max_tokens": max_tokens, "runs": runs, **drafting}
     click.echo(table([result]))
+    if result["outside_draft_vocab"]:
+        click.echo(f"{result['outside_draft_vocab']:.2%} of the tokens are not in the heads' draft vocabulary")
     if profile:
         click.echo(stages(result))
     for d in result["divergences"]:

@@ -46,7 +46,7 @@ def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
     return Engine(settings.model_path, engine_options(settings), weights or settings.medusa_weights_path, HEADS_FOLDER)
 
 
-def tune_engine(engine: Engine, sampling: SamplingParams, draft: str, draft_vocab: int) -> Tuning:
+def tune_engine(engine: Engine, sampling: SamplingParams, draft: str, draft_vocab: int | None) -> Tuning:
     """Return what this machine's steps cost and its guesses win: measured once for model, heads and machine."""
     return tuned(
         engine,
@@ -58,7 +58,7 @@ def tune_engine(engine: Engine, sampling: SamplingParams, draft: str, draft_voca
 
 
 def open_decoder(
-    engine: Engine, sampling: SamplingParams, *, tree_text: str, draft: str, plan: str, draft_vocab: int
+    engine: Engine, sampling: SamplingParams, *, tree_text: str, draft: str, plan: str, draft_vocab: int | None
 ) -> Decoder:
     """Make the decoder that the options ask for.
 
@@ -111,7 +111,9 @@ sampling_options = [
         help="With an auto tree: adapt it while writing, or keep it, so that runs can be repeated.",
     ),
     click.option(
-        "--draft_vocab", default=0, type=click.IntRange(0), help="Draft the N most frequent tokens only; 0: all."
+        "--draft_vocab",
+        type=click.IntRange(0),
+        help="Draft the N most frequent tokens only; 0: all; default: those that make up 99.5% of the training text.",
     ),
 ]
 

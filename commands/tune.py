@@ -22,7 +22,7 @@ from model.measuring.tuning import live_decoder, tuned
 @click.command()
 @prompts_option
 @click.option("--temperature", default=0.0, help="0 is greedy.")
-@click.option("--draft_vocab", default=0, type=click.IntRange(0), help="As for generate and bench.")
+@click.option("--draft_vocab", type=click.IntRange(0), help="As for generate and bench.")
 @click.option(
     "--max_tokens", default=96, type=click.IntRange(16), help="New tokens per text, to measure the best tree."
 )
@@ -33,7 +33,7 @@ from model.measuring.tuning import live_decoder, tuned
 def tune(
     prompts: Path,
     temperature: float,
-    draft_vocab: int,
+    draft_vocab: int | None,
     max_tokens: int,
     n_prompts: int,
     png: Path,

@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from model.heads.medusa import MedusaHeads
 
 log = logging.getLogger(__name__)
+COVERED = (
+    0.995  # of the training text is what drafts are made of: the LM head over the other tokens costs more than it wins
+)
 
 
 @dataclass(frozen=True)
@@ -144,17 +147,24 @@ class Engine:
             raise UsageError(f"the tree uses rank {tree.n_ranks - 1}, the vocabulary has {self.file.n_vocab} tokens")
         return tree
 
-    def drafter(self, tree: Tree, draft_vocab: int = 0, *, ranks: int = 0) -> Drafter:
-        """Make the heads' drafter for a tree. ranks: guesses per head; 0: as many as the tree uses."""
-        from model.heads.drafter import MedusaDrafter
+    def drafter(self, tree: Tree, draft_vocab: int | None = None, *, ranks: int = 0) -> Drafter:
+        """Make the heads' drafter for a tree.
+
+        draft_vocab: how many of the most frequent tokens it drafts from; 0: all; None: those that make up COVERED of
+        the training text. ranks: guesses per head; 0: as many as the tree uses.
+        """
+        from model.heads.drafter import MedusaDrafter, covering
 
         self.check_tree(tree)
+        counts = self.heads_facts["token_counts"]
+        if draft_vocab is None:
+            draft_vocab = covering(counts, COVERED) if counts is not None else 0
         return MedusaDrafter(
             self.heads,
             n_heads=tree.max_depth,
             ranks=ranks or tree.n_ranks,
             draft_vocab=draft_vocab,
-            token_counts=self.heads_facts["token_counts"],
+            token_counts=counts,
             n_threads=self.options.n_threads,
         )
 
@@ -182,7 +192,7 @@ class Engine:
         drafter: Drafter | None = None,
         *,
         branch: int = 0,
-        draft_vocab: int = 0,
+        draft_vocab: int | None = None,
         context: int = 0,
     ) -> Decoder:
         """Make a decoder for a tree and a branch of up to so many tokens; without a `drafter` the heads draft."""

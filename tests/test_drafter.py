@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from model.errors import HeadsError
-from model.heads.drafter import DType, MedusaDrafter
+from model.heads.drafter import DType, MedusaDrafter, covering
 from model.heads.medusa import HeadsConfig, MedusaHeads
 
 K, D, V = 4, 64, 500
@@ -68,6 +68,14 @@ def test_draft_vocabulary(lm_head: str, dtype: DType) -> None:
     assert set(tokens.flatten()) == set(kept)
     if dtype == "f32":
         np.testing.assert_array_equal(tokens, kept[order.numpy()])
+
+
+def test_covering_tokens() -> None:
+    counts = np.zeros(40_000, np.int32)
+    counts[::4] = 1  # 10,000 tokens, each as frequent as the other
+    assert [covering(counts, share) for share in (0.5, 0.995, 1.0)] == [5056, 9984, 10048]
+    counts[7] = 2**31 - 1  # one makes up nearly everything
+    assert covering(counts, 0.995) == 1024
 
 
 def test_drafter_keeps_its_results_and_its_input() -> None:

@@ -84,6 +84,17 @@ def test_comparison_reports_what_happened(engine: Engine) -> None:
     assert result["acceptance_length"] == pytest.approx(length, rel=0.15)  # first and last steps draft or keep less
 
 
+def test_tokens_that_no_draft_can_hold_are_counted(engine: Engine) -> None:
+    few, most = engine.decoder(Tree.chain(1), draft_vocab=64), engine.decoder(Tree.chain(1))
+    with few, most, engine.decoder() as plain:
+        results = compare(engine, requests(engine), few, most, runs=1)
+        tokens = [token for request in requests(engine) for token in plain.time(request)[0].tokens]
+    assert few.drafter is not None and few.drafter.ids is not None and len(few.drafter.ids) == 64
+    outside = sum(token not in few.drafter.ids for token in tokens) / len(tokens)
+    assert 0 < outside == pytest.approx(results[0]["outside_draft_vocab"])
+    assert results[1]["outside_draft_vocab"] < outside
+
+
 def test_no_draft_is_plain_decoding(engine: Engine) -> None:
     with engine.decoder() as nobody:
         [result] = compare(engine, requests(engine), nobody, runs=1)

@@ -29,9 +29,9 @@ class MedusaDrafter:
     """Drafts with the first heads of a set; a `Drafter` of `model/decoding/drafting.py`.
 
     ranks: how many tokens per head. draft_vocab: draft only from the so many most frequent tokens by token_counts (V,)
-    (0: from all). dtype: "auto" keeps the fastest on this machine. n_threads: torch's threads, process-wide; they fight
-    with llama.cpp's for the cores. with_probs: give probabilities (over the draft vocabulary) too, at the cost of a
-    softmax. Raises HeadsError where the heads can't do what is asked.
+    (0: from all; `covering` says how many matter). dtype: "auto" keeps the fastest on this machine. n_threads: torch's
+    threads, process-wide; they fight with llama.cpp's for the cores. with_probs: give probabilities (over the draft
+    vocabulary) too, at the cost of a softmax. Raises HeadsError where the heads can't do what is asked.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class MedusaDrafter:
         if not 1 <= n_heads <= heads.config.k_heads:
             raise HeadsError(f"cannot draft with {n_heads} heads: the file holds {heads.config.k_heads}")
         torch.set_num_threads(n_threads)
-        self._ids = _draft_ids(heads.config.vocab, draft_vocab, token_counts)
-        if not 1 <= ranks <= len(self._ids):
-            raise HeadsError(f"cannot rank {ranks} tokens of a draft vocabulary of {len(self._ids)}")
+        self.ids = _draft_ids(heads.config.vocab, draft_vocab, token_counts)
+        if not 1 <= ranks <= len(self.ids):
+            raise HeadsError(f"cannot rank {ranks} tokens of a draft vocabulary of {len(self.ids)}")
         self._n_heads, self._ranks, self._with_probs = n_heads, ranks, with_probs
         self._scale, self._cap = heads.logit_scale, heads.soft_cap
         self.dtype = _fastest(heads, n_heads) if dtype == "auto" else dtype
-        self._logits = _compile(heads, n_heads, self._ids, self.dtype)
+        self._logits = _compile(heads, n_heads, self.ids, self.dtype)
 
     def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Return for states (B,D) each head's tokens (B,K,R), best first, and their probabilities or None."""
@@ -63,7 +63,7 @@ class MedusaDrafter:
         rows = len(logits)
         shape = (len(hidden), self._n_heads, self._ranks)
         if self._ranks == 1 and not self._with_probs:
-            return self._ids[logits.argmax(1)].reshape(shape), None
+            return self.ids[logits.argmax(1)].reshape(shape), None
         best, top = np.empty((rows, self._ranks), np.intp), np.empty((rows, self._ranks), np.float32)
         total = self._normaliser(logits) if self._with_probs else None
         each = np.arange(rows)
@@ -71,7 +71,7 @@ class MedusaDrafter:
             at = logits.argmax(1)
             best[:, rank], top[:, rank] = at, logits[each, at]
             logits[each, at] = -np.inf
-        tokens = self._ids[best].reshape(shape)
+        tokens = self.ids[best].reshape(shape)
         return tokens, None if total is None else np.exp(self._shaped(top) - total).reshape(shape)
 
     def _shaped(self, logits: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -185,6 +185,12 @@ def _fastest(heads: MedusaHeads, n_heads: int) -> str:
             runs.append(perf_counter() - start)
         times[dtype] = min(runs)
     return min(times, key=lambda dtype: times[dtype])
+
+
+def covering(counts: npt.NDArray[np.int32], share: float) -> int:
+    """Return how many of the commonest tokens make up `share` of a counted text: a multiple of 64, at least 1,024."""
+    most = np.sort(counts.astype(np.int64))[::-1].cumsum()
+    return max(1024, -(-(int(np.searchsorted(most, share * most[-1])) + 1) // 64) * 64)
 
 
 def _draft_ids(vocab: int, draft_vocab: int, counts: npt.NDArray[np.int32] | None) -> npt.NDArray[np.int32]:

@@ -12,6 +12,8 @@ from itertools import zip_longest
 from statistics import median
 from typing import Any
 
+import numpy as np
+
 from model.decoding.generation import Generation, Request
 from model.decoding.loops import count_repeats
 from model.decoding.step import STAGES, Stats
@@ -36,13 +38,14 @@ def compare(engine: Engine, requests: Sequence[Request], *ways: Decoder, runs: i
         for decoder in (plain, *ways):
             decoder.time(replace(requests[0], max_tokens=min(16, requests[0].max_tokens)))
         measured = _in_turn((plain, *ways), requests, runs)
-        return [_figures(engine, plain, requests, measured[0], way) for way in measured[1:]]
+        return [_figures(engine, requests, measured[0], way) for way in measured[1:]]
 
 
 @dataclass
 class _Measured:
     """One way to decode: seconds of each run, the last run's texts, what all steps did."""
 
+    decoder: Decoder
     seconds: list[float] = field(default_factory=list)
     texts: list[Generation] = field(default_factory=list)
     stats: Stats = field(default_factory=Stats)
@@ -55,7 +58,7 @@ class _Measured:
 
 
 def _in_turn(decoders: Sequence[Decoder], requests: Sequence[Request], runs: int) -> list[_Measured]:
-    measured = [_Measured() for _ in decoders]
+    measured = [_Measured(decoder) for decoder in decoders]
     for run in range(runs):
         for one in measured:
             one.seconds.append(0.0)
@@ -70,11 +73,9 @@ def _in_turn(decoders: Sequence[Decoder], requests: Sequence[Request], runs: int
     return measured
 
 
-def _figures(
-    engine: Engine, decoder: Decoder, requests: Sequence[Request], plain: _Measured, way: _Measured
-) -> dict[str, Any]:
+def _figures(engine: Engine, requests: Sequence[Request], plain: _Measured, way: _Measured) -> dict[str, Any]:
     stats, texts = way.stats, [(p.tokens, w.tokens) for p, w in zip(plain.texts, way.texts, strict=True)]
-    divergences = find_divergences(decoder, plain.texts, way.texts, requests)
+    divergences = find_divergences(plain.decoder, plain.texts, way.texts, requests)
     micro = 1e6 / max(stats.steps, 1)
     return {
         "plain": {"tokens_per_s": median(plain.rates)},
@@ -95,9 +96,18 @@ def _figures(
         "equal_sequences": len(texts) - len(divergences),
         "sequences": len(texts),
         "divergences": [asdict(d) for d in divergences],
+        "outside_draft_vocab": _outside(way.decoder, [p for p, _ in texts]),
         "repeated_8grams": repeated_ngrams([p for p, _ in texts]),
         "text_pairs": [(engine.model.detokenize(p), engine.model.detokenize(w)) for p, w in texts],
     }
+
+
+def _outside(decoder: Decoder, texts: Sequence[Sequence[int]]) -> float:
+    """Return the share of tokens that the drafter cannot name: no head can be right more often than by the rest."""
+    if decoder.drafter is None or decoder.drafter.ids is None:
+        return 0.0
+    tokens = np.concatenate([np.array(text, np.int32) for text in texts])
+    return 1 - float(np.isin(tokens, decoder.drafter.ids).mean())
 
 
 def find_divergences(

@@ -96,7 +96,7 @@ def tuned(
     requests: Sequence[Request],
     *,
     heads: bool,
-    draft_vocab: int = 0,
+    draft_vocab: int | None = None,
     afresh: bool = False,
     budget_s: float = 1.0,
     told: Callable[[], None] = lambda: None,
@@ -112,7 +112,7 @@ def tuned(
     return tuning
 
 
-def _key(engine: Engine, sampling: bool, heads: bool, draft_vocab: int) -> str:
+def _key(engine: Engine, sampling: bool, heads: bool, draft_vocab: int | None) -> str:
     n_heads = engine.n_heads if heads else 0  # raises where heads are missing
     weights = engine.weights.stat().st_mtime_ns if n_heads and engine.weights else 0
     parts = (
@@ -123,7 +123,7 @@ def _key(engine: Engine, sampling: bool, heads: bool, draft_vocab: int) -> str:
 
 
 def measure(
-    engine: Engine, requests: Sequence[Request], *, heads: bool, draft_vocab: int = 0, budget_s: float = 1.0
+    engine: Engine, requests: Sequence[Request], *, heads: bool, draft_vocab: int | None = None, budget_s: float = 1.0
 ) -> Tuning:
     """Measure everything; budget_s: seconds for each of curve, drafting and text, if one round takes no longer."""
     curve = step_curve(engine, budget_s)
@@ -181,7 +181,7 @@ class StepTimer:
         return slot.stats.seconds
 
 
-def draft_seconds(engine: Engine, draft_vocab: int, budget_s: float) -> list[float]:
+def draft_seconds(engine: Engine, draft_vocab: int | None, budget_s: float) -> list[float]:
     """Return (K,) seconds that the first 1 … K heads take between two decodes, where all caches are cold."""
     k = engine.n_heads
     drafters = {depth: engine.drafter(Tree.chain(depth), draft_vocab) for depth in sorted({1, k})}
@@ -241,14 +241,16 @@ def states_and_followers(
     return np.concatenate(states)[decided], ids[decided[:, None] + 2 + np.arange(k)]
 
 
-def live_decoder(engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: int = 0, context: int = 0) -> Decoder:
+def live_decoder(
+    engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: int | None = None, context: int = 0
+) -> Decoder:
     """Make a decoder that drafts what pays: with the heads, where the tuning has them, and from the text so far."""
     plan, drafter = live_plan(engine, tuning, ngrams=ngrams, draft_vocab=draft_vocab)
     return engine.decoder_for(plan, drafter, ngrams=ngrams, context=context)
 
 
 def live_plan(
-    engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: int = 0, lanes: int = MAX_LEAVES
+    engine: Engine, tuning: Tuning, *, ngrams: bool, draft_vocab: int | None = None, lanes: int = MAX_LEAVES
 ) -> tuple[LivePlan, Drafter | None]:
     """Make the plan that drafts what pays, and the heads' drafter where they may. lanes: the most that a slot has."""
     branch = min(BRANCH, engine.options.max_nodes - 1) if ngrams else 0

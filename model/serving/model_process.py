@@ -57,7 +57,7 @@ class ModelOptions:
     cells: int = 0
     draft: Draft = "auto"
     tree: str = ""
-    draft_vocab: int = 0
+    draft_vocab: int | None = None
     trial_prompts: tuple[str, ...] = ()
     log_level: str = "WARNING"
 

@@ -102,16 +102,17 @@ def measure_curve(
     budget_s: float,
     clock: Callable[[], float] = perf_counter,
 ) -> CostCurve:
-    """Time batches of all sizes at all contexts; keep the medians.
+    """Time batches of all sizes at all contexts; keep medians.
 
     run(n, context) decodes one batch of n tokens over `context` cached ones and returns its seconds. Contexts come
     one after another, as changing them costs the caller a prefill. At each, whole rounds over all sizes alternate,
-    every other one backwards: a drift of the machine meets all sizes, and none always follows the same neighbour.
+    every other one backwards. Right before each batch one of a single token is timed, and what is kept is the median
+    of the ratios, times the median of the single tokens: a machine that is slow for seconds slows both.
 
     budget_s: seconds for everything by `clock`, what `run` does besides its batch included; each context has an
     equal share of it. Rounds go on as long as another fits; 3 are made in any case: a median of fewer keeps its spikes.
     """
-    assert _ascending(sizes, 1) and _ascending(contexts, 0), f"sizes {sizes}, contexts {contexts}"
+    assert _ascending(sizes, 1) and sizes[0] == 1 and _ascending(contexts, 0), f"sizes {sizes}, contexts {contexts}"
     share = budget_s / len(contexts)
     rows = [_measure_row(run, sizes, context, share, clock) for context in contexts]
     return CostCurve(tuple(contexts), tuple(sizes), tuple(rows))
@@ -120,15 +121,17 @@ def measure_curve(
 def _measure_row(
     run: Callable[[int, int], float], sizes: Sequence[int], context: int, budget_s: float, clock: Callable[[], float]
 ) -> tuple[float, ...]:
-    times: dict[int, list[float]] = {n: [] for n in sizes}
+    ones, ratios = list[float](), {n: list[float]() for n in sizes[1:]}
     start, rounds = clock(), 0
     while True:
-        for n in sizes if rounds % 2 == 0 else reversed(sizes):
-            times[n].append(run(n, context))
+        before = clock()
+        for n in sizes[1:] if rounds % 2 == 0 else sizes[:0:-1]:
+            ones.append(run(1, context))
+            ratios[n].append(run(n, context) / ones[-1])
         rounds += 1
-        round_s = sum(each[-1] for each in times.values())
-        if rounds >= MIN_ROUNDS and clock() - start + round_s > budget_s:
-            return tuple(float(median(times[n])) for n in sizes)
+        if rounds >= MIN_ROUNDS and 2 * clock() - before - start > budget_s:  # another one like this
+            one = float(median(ones))
+            return (one, *(one * float(median(each)) for each in ratios.values()))
 
 
 def _line(xs: Sequence[int], ys: FloatArray, x: float) -> FloatArray:
