@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from model.base.llama import LlamaBase, LlamaModel
 from model.errors import ContextError, DataError, OutputError
 from model.training import extraction
 from model.training.extraction import StreamedStates, decode_states, open_base, pack
+from model.training.ranks import Ranks
 from model.training.shards import to_float8
 from model.training.states import CachedStates, CacheKey, cached_states
 from model.training.text import Sample
@@ -145,6 +147,53 @@ def test_fp8_error_is_bounded(scale: float) -> None:
     assert torch.equal(back[7], wanted[7])
     assert bool(((back - wanted).abs() <= torch.maximum(wanted.abs() / 16, scales[:, None] * 2**-10) * 1.0001).all())
     assert bool(((back - wanted).abs().amax(1)[:7] > 0).all())
+
+
+class Pair(Ranks):
+    """Two processes of one run, played by threads."""
+
+    meeting, given = threading.Barrier(2, timeout=30), ["", ""]
+
+    def gather(self, value: Any) -> list[Any]:
+        self.given[self.rank] = json.dumps(value)
+        self.meeting.wait()
+        values = [json.loads(text) for text in self.given]
+        self.meeting.wait()
+        return values
+
+
+def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
+    samples, bases = make(LENGTHS * 4), (FakeBase(), FakeBase())
+
+    def extract(folder: Path, rank: int, ranks: Ranks) -> CachedStates:
+        return cached_states(lambda: bases[rank], FakeBase.dim, samples, folder, KEY, shard_bytes=2000, ranks=ranks)
+
+    alone = extract(tmp_path / "alone", 0, Ranks())
+    decoded = bases[0].decoded
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda rank: extract(tmp_path / "both", rank, Pair(rank, 2)), range(2)))
+    assert bases[0].decoded + bases[1].decoded == 2 * decoded, "nothing was decoded twice"
+    assert 0.3 < bases[1].decoded / decoded < 0.7
+    order = range(len(samples))
+    for wanted, *found in zip(alone.read(order), *(kept.read(order) for kept in both), strict=True):
+        assert wanted is not None and all(states is not None and torch.equal(states, wanted) for states in found)
+    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("alone", "both")]
+    assert manifests[0] == manifests[1]
+
+
+def test_a_cache_that_others_do_not_see_is_refused(tmp_path: Path) -> None:
+    samples = make(LENGTHS * 4)
+
+    def extract(rank: int) -> CachedStates:
+        return cached_states(
+            FakeBase, FakeBase.dim, samples, tmp_path / str(rank), KEY, shard_bytes=2000, ranks=Pair(rank, 2)
+        )
+
+    (tmp_path / "1").mkdir()  # a folder of the same name on another machine
+    with ThreadPoolExecutor(2) as pool:
+        for future in [pool.submit(extract, rank) for rank in range(2)]:
+            with pytest.raises(DataError, match="all machines must see the same --cache_dir"):
+                future.result()
 
 
 def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:

@@ -1,11 +1,14 @@
 """The cache of hidden states: safetensors shards with a manifest, filled once, resumed after a kill at any point.
 
-A cache folder holds `manifest.json`, `states-00000.safetensors` … and `lock`. Knows nothing of heads.
+A cache folder holds `manifest.json`, `states-00000.safetensors` …, `lock` and `manifest.lock`. Several processes of one
+run fill it together, each its own shards. Knows nothing of heads.
 """
 
 from __future__ import annotations
 
 import collections
+import contextlib
+import fcntl
 import hashlib
 import json
 import shutil
@@ -27,6 +30,7 @@ from tqdm import tqdm
 from model.base.whole_file import whole_file
 from model.errors import DataError, OutputError
 from model.training.extraction import StateBase, decode_states
+from model.training.ranks import ALONE, Ranks
 from model.training.shards import SHARD_BYTES, Shard, ShardBuilder, plan_shards
 from model.training.storage import WriterLock, require_writable
 from model.training.text import Sample
@@ -104,25 +108,37 @@ def cached_states(
     *,
     data_source: str = "",
     shard_bytes: int = SHARD_BYTES,
+    ranks: Ranks = ALONE,
 ) -> CachedStates:
     """Return the states (T, D=dim) of all samples, extracting those that the folder doesn't hold yet.
 
-    Raises DataError when the folder belongs to other data or another process writes there, OutputError
-    when the disk is full or not writable.
+    ranks: each process of the run calls this, extracts its share of the shards and gets them all.
+    Raises DataError when the folder belongs to other data, another run writes there, or processes don't see each
+    other's files; OutputError when the disk is full or not writable.
     """
     row_bytes = dim * BYTES[key.dtype] + (4 if key.dtype == "fp8" else 0)
     shards = plan_shards(samples, row_bytes, shard_bytes)
-    require_room(folder, row_bytes * sum(shard.n_tokens for shard in shards))
-    with WriterLock(folder):
-        for left in folder.glob(".states-*"):  # half a shard, where a process was killed
-            left.unlink()
-        _recall(folder, key, shards)
+    with contextlib.ExitStack() as locked:
+        if ranks.first:
+            require_room(folder, row_bytes * sum(shard.n_tokens for shard in shards))
+            locked.enter_context(WriterLock(folder))
+            for left in folder.glob(".states-*"):  # half a shard, where a process was killed
+                left.unlink()
+        ranks.wait()
+        mine = shards[ranks.rank :: ranks.count]
+        _recall(folder, key, mine)
         manifest = {
             "format_version": 1, "key": asdict(key), "data_source": data_source, "dim": dim, "samples": len(samples),
             "tokens": sum(shard.n_tokens for shard in shards),
         }  # fmt: skip
-        if any(not shard.sha256 for shard in shards):
-            _extract(open_base, samples, folder, shards, manifest)
+        if any(not shard.sha256 for shard in mine):
+            _extract(open_base, samples, folder, mine, manifest, told=ranks.first)
+        for rank, theirs in enumerate(ranks.gather([asdict(shard) for shard in mine])):
+            shards[rank :: ranks.count] = [Shard(**shard) for shard in theirs]
+        missing = next((shard.file for shard in shards if not (folder / shard.file).is_file()), None)
+        if missing:
+            raise DataError(f"{folder / missing}: not seen here; all machines must see the same --cache_dir")
+        ranks.wait()  # nobody gives up the lock before
     return CachedStates(folder, samples, shards)
 
 
@@ -155,21 +171,20 @@ def _extract(
     folder: Path,
     shards: list[Shard],
     manifest: dict[str, Any],
+    *,
+    told: bool,
 ) -> None:
-    """Fill the missing shards: this thread decodes, another one converts and writes."""
+    """Fill the missing ones of some shards: this thread decodes, another one converts and writes."""
     todo = [shard for shard in shards if not shard.sha256]
     pending: collections.deque[Future[None]] = collections.deque()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # conversions must not fight with llama.cpp's threads
-    total = manifest["tokens"]
+    total = sum(s.n_tokens for s in shards)
     bar = tqdm(total=total, initial=total - sum(s.n_tokens for s in todo), desc="states", unit=" tokens",
-               unit_scale=True, bar_format=BAR, mininterval=0.5)  # fmt: skip
+               unit_scale=True, bar_format=BAR, mininterval=0.5, disable=not told)  # fmt: skip
 
     def finish(builder: ShardBuilder) -> None:
-        builder.finish(folder, samples)
-        finished = [asdict(shard) for shard in shards if shard.sha256]
-        with whole_file(folder / "manifest.json") as draft:
-            draft.write_text(json.dumps({**manifest, "shards": finished}) + "\n", encoding="utf-8")
+        _add_to_manifest(folder, manifest, asdict(builder.finish(folder, samples)))
 
     with open_base() as base, ThreadPoolExecutor(1) as writer, bar:
         try:
@@ -187,6 +202,17 @@ def _extract(
         finally:
             writer.shutdown(cancel_futures=True)
             torch.set_num_threads(threads)
+
+
+def _add_to_manifest(folder: Path, manifest: dict[str, Any], shard: dict[str, Any]) -> None:
+    """Note a finished shard; processes of one run take turns."""
+    path = folder / "manifest.json"
+    with (folder / "manifest.lock").open("a") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        known = json.loads(path.read_text(encoding="utf-8"))["shards"] if path.exists() else []
+        shards = sorted([s for s in known if s["file"] != shard["file"]] + [shard], key=lambda s: s["first_sample"])
+        with whole_file(path) as draft:
+            draft.write_text(json.dumps({**manifest, "shards": shards}) + "\n", encoding="utf-8")
 
 
 def _file_sha256(path: Path) -> str:
