@@ -9,9 +9,7 @@ import numpy.typing as npt
 
 
 class Drafter(Protocol):
-    """Guesses the tokens behind the next one from a final hidden state; ids: the tokens it can name, None: all."""
-
-    ids: npt.NDArray[np.int32] | None
+    """Guesses the tokens behind the next one from a final hidden state."""
 
     def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32] | None]:
         """Return guesses for states (B, D): tokens (B, K, R), best first, and their probabilities or None."""
@@ -20,8 +18,6 @@ class Drafter(Protocol):
 
 class RandomDrafter:
     """Guesses at random: the worst case that speed is held against, and a case for the proofs."""
-
-    ids = None
 
     def __init__(self, n_vocab: int, heads: int, ranks: int, seed: int = 0) -> None:
         self._rng = np.random.default_rng(seed)
@@ -34,8 +30,6 @@ class RandomDrafter:
 
 class ConstantDrafter:
     """Guesses one and the same token: given one that the text never holds, every draft is wrong."""
-
-    ids = None
 
     def __init__(self, token: int, heads: int, ranks: int) -> None:
         self._tokens = np.full((1, heads, ranks), token, np.int32)

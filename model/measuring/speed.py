@@ -104,10 +104,9 @@ def _figures(engine: Engine, requests: Sequence[Request], plain: _Measured, way:
 
 def _outside(decoder: Decoder, texts: Sequence[Sequence[int]]) -> float:
     """Return the share of tokens that the drafter cannot name: no head can be right more often than by the rest."""
-    if decoder.drafter is None or decoder.drafter.ids is None:
-        return 0.0
+    ids = getattr(decoder.drafter, "ids", None)  # the heads' drafter has them
     tokens = np.concatenate([np.array(text, np.int32) for text in texts])
-    return 1 - float(np.isin(tokens, decoder.drafter.ids).mean())
+    return 0.0 if ids is None else 1 - float(np.isin(tokens, ids).mean())
 
 
 def find_divergences(
