@@ -25,7 +25,8 @@ import click  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from model.heads.drafter import DType, MedusaDrafter  # noqa: E402
+from model.heads.drafter import MedusaDrafter  # noqa: E402
+from model.heads.fast import DType  # noqa: E402
 from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
 
 HEADS = 3
@@ -57,7 +58,7 @@ def measure(name: str, threads: int, runs: int) -> dict[str, Any]:
     for dtype, (drafter, _) in drafters.items():
         for i in range(-min(runs, 20), runs):  # those below zero warm up
             start = time.perf_counter()
-            drafter.draft(states[i])
+            drafter.rank(states[i])
             if i >= 0:
                 times[dtype].append((time.perf_counter() - start) * 1e6)
     return {

@@ -38,7 +38,7 @@ from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.engine import Decoder, Engine, EngineOptions  # noqa: E402
 from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
 from model.measuring.speed import compare  # noqa: E402
-from model.measuring.tuning import RANKS, Tuning, live_decoder, measure  # noqa: E402
+from model.measuring.tuning import Tuning, live_decoder, measure  # noqa: E402
 
 PROMPTS = ROOT / "benchmarks" / "prompts"
 TYPES = ("bf16", "q4_0+q4_0", "q4_0", "q4_k_m")  # type, + the LM head's where it differs from llama.cpp's choice
@@ -108,7 +108,7 @@ def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, str,
         for ngrams in (False, True):
             useless = live_decoder(engine, tuning, ngrams=ngrams)
             if useless.drafter is not None:
-                useless.drafter = RandomDrafter(engine.file.n_vocab, engine.n_heads, RANKS)
+                useless.drafter = RandomDrafter(engine.file.n_vocab)
             yield f"useless heads{' and text so far' * ngrams}", "python", useless
         yield "both, foreign text", "foreign", live_decoder(engine, tuning, ngrams=True)
         yield "both, long prompts", "long", live_decoder(engine, tuning, ngrams=True)
