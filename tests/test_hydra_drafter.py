@@ -80,6 +80,16 @@ def test_ranks_on_a_given_text_are_the_heads_with_their_probabilities() -> None:
     np.testing.assert_allclose(probabilities, expected.values.numpy(), rtol=1e-4)
 
 
+def test_what_is_ranked_on_a_drafted_chain_is_that_chain() -> None:
+    """So a count of right guesses on a finished text is a count of what steps would have accepted."""
+    drafter = HydraDrafter(make(), n_heads=K, ranks=2, dtype="f32")
+    (chain,) = drafter.draft(states(1), [7], [Tree.chain(K)])
+    text = np.array([[7, *chain]], np.int32)
+    assert drafter.rank(states(1), text[:, :K])[0][0, :, 0].tolist() == chain
+    text[0, 0] += 1
+    assert drafter.rank(states(1), text[:, :K])[0][0, :, 0].tolist() != chain
+
+
 @pytest.mark.parametrize("dtype", ["auto", "bf16", "int8"])
 @pytest.mark.parametrize("draft_vocab", [0, 100])
 def test_low_precision_and_draft_vocabulary(dtype: DType, draft_vocab: int) -> None:

@@ -166,6 +166,20 @@ def test_branches_rest_where_the_text_so_far_says_nothing_about_what_follows() -
     assert sum(rows) < 120 and sum(rows[-100:]) < 20
 
 
+def test_a_tree_pays_for_its_depth() -> None:
+    def first_tree(draft_s: list[float]) -> Tree:
+        plan = LivePlan(curve(BF16), paths=grow(GOOD, 15), accuracies=GOOD, draft_s=draft_s)
+        slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
+        slot.hidden = np.zeros((1, 1), np.float32)
+        return plan.propose(slot).tree
+
+    level, steep = [0.1] * 4, [0.1, 0.4, 0.7, 1.0]
+    for draft_s in (level, steep):
+        rates = best_tree(GOOD, curve(BF16).on_offer(0, 16), draft_seconds=draft_s, max_nodes=16)
+        assert first_tree(draft_s).max_depth == rates.tree.max_depth
+    assert first_tree(steep).max_depth < first_tree(level).max_depth
+
+
 def test_states_are_wanted_only_while_heads_draft() -> None:
     plan = live(Q4_K_M, heads=True)
     slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
