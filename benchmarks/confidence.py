@@ -30,7 +30,6 @@ from commands.common import PROMPTS, open_engine  # noqa: E402
 from config import Settings  # noqa: E402
 from model.decoding.planning import FixedPlan  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
-from model.heads.drafter import MedusaDrafter  # noqa: E402
 from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
 from model.measuring.tuning import states_and_followers  # noqa: E402
 from model.trees.search import grow  # noqa: E402
@@ -77,18 +76,18 @@ def main(tokens: int, out: Path) -> None:
     """Compare both kinds of trees at two temperatures."""
     engine = open_engine(Settings.load())
     k, rows = engine.n_heads, list[dict[str, Any]]()
-    drafter = MedusaDrafter(engine.heads, n_heads=k, ranks=RANKS, n_threads=engine.options.n_threads, with_probs=True)
+    drafter = engine.drafter(Tree.chain(k), ranks=RANKS, with_probs=True)
     for temperature in (0.0, 0.8):
         halves: list[list[tuple[RankPath, list[list[float]]]]] = [[], []]
         with engine.decoder() as plain, engine.base(FixedPlan(Tree.chain(1))) as base:
             for i, prompt in enumerate(read_prompts(PROMPTS / "python.jsonl")):
                 text = plain.start(engine.request(prompt, tokens, sampling=SamplingParams(temperature, seed=i)))
                 text.run()
-                states, followers = states_and_followers(base, text.slot.tokens, text.slot.prompt_length, k)
-                guesses, probabilities = drafter.draft(states)
+                states, behind = states_and_followers(base, text.slot.tokens, text.slot.prompt_length, k)
+                guesses, probabilities = drafter.rank(states, behind[:, :-1])
                 assert probabilities is not None
                 for row in range(len(states)):
-                    halves[i % 2].append((right_path(guesses[row], followers[row]), probabilities[row].tolist()))
+                    halves[i % 2].append((right_path(guesses[row], behind[row, 1:]), probabilities[row].tolist()))
         hits, tries = np.zeros((k, RANKS)), np.zeros(k)
         for path, _ in halves[0]:
             for depth in range(k):

@@ -1,6 +1,6 @@
 """What does a draft cost, from a numpy row to ranked tokens, by type, threads and shape?
 
-    python benchmarks/draft_cost.py [--runs N] [--threads 1 --threads 2] [--shape small]
+    python benchmarks/draft_cost.py [--head_type hydra] [--runs N] [--threads 1 --threads 2] [--shape small]
 
 Random weights (cost doesn't depend on them); medians and the best tenth. One type after another, not row by row in
 turn: a step uses one type only, whose weights stay in the cache. Run it on a quiet machine. The goals, with the best
@@ -25,8 +25,11 @@ import click  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from model.heads.drafter import DType, MedusaDrafter  # noqa: E402
+from model.heads.fast import DType  # noqa: E402
+from model.heads.hydra import HydraHeads  # noqa: E402
+from model.heads.hydra_drafter import drafter_for  # noqa: E402
 from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
+from model.trees.tree import Tree  # noqa: E402
 
 HEADS = 3
 # D, V, draft vocabulary, rows drafted at once, ranks
@@ -39,29 +42,41 @@ SHAPES = {
 }
 
 
-def measure(name: str, threads: int, runs: int) -> dict[str, Any]:
-    """Time all types at one shape; return microseconds."""
-    dim, vocab, draft_vocab, rows, ranks = SHAPES[name]
+def random_heads(head_type: str, dim: int, vocab: int) -> MedusaHeads:
+    """Return heads of a type with random weights."""
     torch.manual_seed(0)
-    heads = MedusaHeads(HeadsConfig(HEADS, dim, vocab), torch.randn(vocab, dim) * dim**-0.5)
-    torch.nn.init.normal_(heads.weight, 0, dim**-0.5)
+    lm_head, config = torch.randn(vocab, dim) * dim**-0.5, HeadsConfig(HEADS, dim, vocab)
+    heads = HydraHeads(config, lm_head, lm_head) if head_type == "hydra" else MedusaHeads(config, lm_head)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, 0, dim**-0.5)
+    return heads
+
+
+def measure(name: str, head_type: str, threads: int, runs: int) -> dict[str, Any]:
+    """Time all types at one shape, drafting a chain (with siblings for the first token where there are ranks)."""
+    dim, vocab, draft_vocab, rows, ranks = SHAPES[name]
+    heads, tree = (
+        random_heads(head_type, dim, vocab),
+        Tree([*Tree.chain(HEADS).paths, *((r,) for r in range(1, ranks))]),
+    )
     counts = np.arange(vocab, dtype=np.int32)
     drafters = {}
     for dtype in get_args(DType):
         start = time.perf_counter()
         vocabulary: dict[str, Any] = {"draft_vocab": draft_vocab, "token_counts": counts}
-        drafter = MedusaDrafter(heads, n_heads=HEADS, ranks=ranks, dtype=dtype, n_threads=threads, **vocabulary)
+        drafter = drafter_for(heads, n_heads=HEADS, ranks=ranks, dtype=dtype, n_threads=threads, **vocabulary)
         drafters[dtype] = (drafter, time.perf_counter() - start)
     states = np.random.default_rng(0).standard_normal((runs, rows, dim), np.float32)
     times: dict[str, list[float]] = {dtype: [] for dtype in drafters}
     for dtype, (drafter, _) in drafters.items():
         for i in range(-min(runs, 20), runs):  # those below zero warm up
             start = time.perf_counter()
-            drafter.draft(states[i])
+            drafter.draft(states[i], [0] * rows, [tree] * rows)
             if i >= 0:
                 times[dtype].append((time.perf_counter() - start) * 1e6)
     return {
         "shape": name,
+        "head_type": head_type,
         "threads": threads,
         "auto_chose": drafters["auto"][0].dtype,
         "auto_build_ms": drafters["auto"][1] * 1e3,
@@ -71,13 +86,14 @@ def measure(name: str, threads: int, runs: int) -> dict[str, Any]:
 
 
 @click.command()
+@click.option("--head_type", default="medusa", type=click.Choice(["medusa", "hydra"]))
 @click.option("--runs", default=500)
 @click.option("--threads", multiple=True, default=[1, 2])
 @click.option("--shape", "shapes", multiple=True, type=click.Choice(list(SHAPES)), default=list(SHAPES))
 @click.option("--json", "out", type=click.Path(path_type=Path), default=ROOT / "benchmarks/results/draft_cost.json")
-def main(runs: int, threads: tuple[int, ...], shapes: tuple[str, ...], out: Path) -> None:
+def main(head_type: str, runs: int, threads: tuple[int, ...], shapes: tuple[str, ...], out: Path) -> None:
     """Measure, print and write JSON."""
-    results = [measure(name, count, runs) for name in shapes for count in threads]
+    results = [measure(name, head_type, count, runs) for name in shapes for count in threads]
     report = {
         "command": " ".join(["python", "benchmarks/draft_cost.py", *sys.argv[1:]]),
         "heads": HEADS,

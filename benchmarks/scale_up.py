@@ -24,7 +24,6 @@ if __name__ == "__main__":
 
 import click  # noqa: E402
 import numpy as np  # noqa: E402
-import torch  # noqa: E402
 
 from benchmarks.growth import BLOCK, RECIPE, Shape, check_room, grow, recipe, shape_of  # noqa: E402
 from config import HEADS_FOLDER, usable_cores  # noqa: E402
@@ -32,8 +31,7 @@ from model.base.gguf_file import GGUFFile, requantize  # noqa: E402
 from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
 from model.engine import find_heads  # noqa: E402
 from model.errors import HeadsError, MedusaError  # noqa: E402
-from model.heads.files import base_facts, load_heads, save_heads  # noqa: E402
-from model.heads.medusa import MedusaHeads  # noqa: E402
+from model.heads.files import base_facts, load_heads, new_heads, save_heads  # noqa: E402
 
 BUNDLED = ROOT / "models" / "tiny-python.Q4_0.gguf"
 OUT = ROOT / "build" / "scaled"
@@ -130,7 +128,7 @@ def grow_heads(source: Path, base: GGUFFile, large: GGUFFile, target: Path) -> N
         raise HeadsError(f"{source}: heads with LM heads of their own cannot be grown; train them with --lm_head tied")
     inner = max(config.hidden_dim * large.n_embd // base.n_embd, config.hidden_dim + 1) if config.bottleneck else 0
     config = replace(config, dim=large.n_embd, vocab=large.n_vocab, hidden_dim=inner)
-    heads = MedusaHeads(config, torch.empty(large.n_vocab, large.n_embd, device="meta")).requires_grad_(False)
+    heads = new_heads(config, large).requires_grad_(False)
     for name, old in small.state_dict().items():
         heads.state_dict()[name].zero_()[tuple(slice(n) for n in old.shape)] = old
     heads.bias[0, :, -1] = SPARE_BIAS

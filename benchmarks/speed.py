@@ -41,7 +41,7 @@ from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.engine import Decoder, Engine, EngineOptions  # noqa: E402
 from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
 from model.measuring.speed import compare  # noqa: E402
-from model.measuring.tuning import RANKS, Tuning, live_decoder, measure  # noqa: E402
+from model.measuring.tuning import Tuning, live_decoder, measure  # noqa: E402
 
 PROMPTS = ROOT / "benchmarks" / "prompts"
 TYPES = ("bf16", "q4_0+q4_0", "q4_0", "q4_k_m")  # type, + the LM head's where it differs from llama.cpp's choice
@@ -109,19 +109,17 @@ def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, dict
         for ngrams in (False, True):
             way = useless["useless heads" + ngrams * " and text so far"] = live_decoder(engine, tuning, ngrams=ngrams)
             if way.drafter is not None:
-                way.drafter = RandomDrafter(engine.file.n_vocab, engine.n_heads, RANKS)
+                way.drafter = RandomDrafter(engine.file.n_vocab)
         yield "python", useless
         for kind in ("foreign", "long"):
             yield kind, {f"both, {kind} text": live_decoder(engine, tuning, ngrams=True)}
     elif what == "copying":
-        yield (
-            "copying",
-            {
-                "heads": live_decoder(engine, tuning, ngrams=False),
-                "text so far": live_decoder(engine, replace(tuning, draft_s=[], accuracies=[]), ngrams=True),
-                "both": live_decoder(engine, tuning, ngrams=True),
-            },
-        )
+        ways = {
+            "heads": live_decoder(engine, tuning, ngrams=False),
+            "text so far": live_decoder(engine, replace(tuning, draft_s=[], accuracies=[]), ngrams=True),
+            "both": live_decoder(engine, tuning, ngrams=True),
+        }
+        yield "copying", ways
     else:
         fixed = {f"heads, {len(best.tree) - 1} fixed": engine.decoder(best.tree)} if len(best.tree) > 1 else {}
         yield "python", {**fixed, "both": live_decoder(engine, tuning, ngrams=True)}

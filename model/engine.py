@@ -17,7 +17,7 @@ from model.base.gguf_file import GGUFFile
 from model.base.llama import LlamaBase, LlamaModel
 from model.base.lm_head import check_lm_head
 from model.base.load_check import check_loads
-from model.decoding.drafting import Drafter
+from model.decoding.drafting import Drafter, HeadsDrafter
 from model.decoding.generation import Generation, Request
 from model.decoding.planning import ROOT_ONLY, FixedPlan, Plan
 from model.errors import HeadsError, ModelFileError, UsageError
@@ -147,25 +147,29 @@ class Engine:
             raise UsageError(f"the tree uses rank {tree.n_ranks - 1}, the vocabulary has {self.file.n_vocab} tokens")
         return tree
 
-    def drafter(self, tree: Tree, draft_vocab: int | None = None, *, ranks: int = 0) -> Drafter:
+    def drafter(
+        self, tree: Tree, draft_vocab: int | None = None, *, ranks: int = 0, with_probs: bool = False
+    ) -> HeadsDrafter:
         """Make the heads' drafter for a tree.
 
         draft_vocab: how many of the most frequent tokens it drafts from; 0: all; None: those that make up COVERED of
         the training text. ranks: guesses per head; 0: as many as the tree uses.
         """
-        from model.heads.drafter import MedusaDrafter, covering
+        from model.heads.drafter import covering
+        from model.heads.hydra_drafter import drafter_for
 
         self.check_tree(tree)
         counts = self.heads_facts["token_counts"]
         if draft_vocab is None:
             draft_vocab = covering(counts, COVERED) if counts is not None else 0
-        return MedusaDrafter(
+        return drafter_for(
             self.heads,
             n_heads=tree.max_depth,
             ranks=ranks or tree.n_ranks,
             draft_vocab=draft_vocab,
             token_counts=counts,
             n_threads=self.options.n_threads,
+            with_probs=with_probs,
         )
 
     def base(

@@ -32,8 +32,8 @@ from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
 from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import ModelFileError, UsageError  # noqa: E402
-from model.heads.files import base_facts  # noqa: E402
-from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
+from model.heads.files import base_facts, new_heads  # noqa: E402
+from model.heads.medusa import HeadsConfig  # noqa: E402
 from model.training.batches import Batches  # noqa: E402
 from model.training.checkpoints import read_run  # noqa: E402
 from model.training.command import run_command  # noqa: E402
@@ -101,9 +101,9 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         # The heads: as they are at first, or where an earlier run left them.
         torch.set_num_threads(settings.n_threads)
         torch.manual_seed(options.seed)
-        heads = new_heads(options, file).to(device)
+        heads = new_heads(shape_of(options, file), file).to(device)
         n_learnt = sum(p.numel() for p in heads.parameters())
-        click.echo(f"heads   {options.k_heads}, {n_learnt:,} parameters, on {device.type}")
+        click.echo(f"heads   {options.k_heads} ({options.head_type}), {n_learnt:,} parameters, on {device.type}")
         size = options.batch_size * max_length
         batches, validation = (Batches(states, indices, options.k_heads, size) for indices in (learn, check))
         facts = {
@@ -135,12 +135,10 @@ def load_model(file: GGUFFile, settings: Settings) -> LlamaModel:
     raise ModelFileError(f"{file.path}: {file.architecture} models cannot roll back, so nothing can be drafted")
 
 
-def new_heads(options: TrainOptions, file: GGUFFile) -> MedusaHeads:
-    """Return untrained heads for a model."""
-    shape = HeadsConfig(
-        options.k_heads, file.n_embd, file.n_vocab, options.head_layers, options.hidden_dim, options.lm_head
-    )
-    return MedusaHeads(shape, torch.from_numpy(file.output_weight()), file.logit_scale, file.soft_cap)
+def shape_of(options: TrainOptions, file: GGUFFile) -> HeadsConfig:
+    """Return what decides the shapes of a model's heads."""
+    o = options
+    return HeadsConfig(o.k_heads, file.n_embd, file.n_vocab, o.head_layers, o.hidden_dim, o.lm_head, o.head_type)
 
 
 def kept_states(

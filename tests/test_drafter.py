@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from model.errors import HeadsError
-from model.heads.drafter import DType, MedusaDrafter, covering
+from model.heads.drafter import MedusaDrafter, covering
+from model.heads.fast import DType
 from model.heads.medusa import HeadsConfig, MedusaHeads
 
 K, D, V = 4, 64, 500
@@ -35,7 +36,7 @@ def test_f32_drafts_are_the_heads_best_tokens(lm_head: str, layers: int, hidden:
         with torch.no_grad():
             logits = heads.logits(torch.from_numpy(states(rows)))[:n_heads].transpose(0, 1)  # (B,K,V)
         expected = logits.softmax(-1).topk(ranks)
-        tokens, probs = drafter.draft(states(rows))
+        tokens, probs = drafter.rank(states(rows))
         assert tokens.dtype == np.int32
         assert tokens.tolist() == expected.indices.tolist()
         assert probs is not None
@@ -48,7 +49,7 @@ def test_shapes_and_no_probabilities_unless_asked(dtype: DType) -> None:
     drafter = MedusaDrafter(make(), n_heads=3, ranks=2, dtype=dtype)
     assert drafter.dtype in ("f32", "bf16", "int8")
     for rows in (1, 2, 7, 1):
-        tokens, probs = drafter.draft(states(rows))
+        tokens, probs = drafter.rank(states(rows))
         assert tokens.shape == (rows, 3, 2)
         assert probs is None
         assert ((tokens >= 0) & (tokens < V)).all()
@@ -64,7 +65,7 @@ def test_draft_vocabulary(lm_head: str, dtype: DType) -> None:
     drafter = MedusaDrafter(heads, n_heads=K, ranks=4, draft_vocab=4, token_counts=counts, dtype=dtype)
     with torch.no_grad():
         order = heads.logits(torch.from_numpy(states(3)))[..., kept].argsort(-1, descending=True).transpose(0, 1)
-    tokens, _ = drafter.draft(states(3))
+    tokens, _ = drafter.rank(states(3))
     assert set(tokens.flatten()) == set(kept)
     if dtype == "f32":
         np.testing.assert_array_equal(tokens, kept[order.numpy()])
@@ -81,9 +82,9 @@ def test_covering_tokens() -> None:
 def test_drafter_keeps_its_results_and_its_input() -> None:
     drafter, hidden = MedusaDrafter(make(), n_heads=2, ranks=2, dtype="f32"), states(3)
     before = hidden.copy()
-    first, _ = drafter.draft(hidden[:1])
+    first, _ = drafter.rank(hidden[:1])
     kept = first.copy()
-    drafter.draft(hidden[1:])
+    drafter.rank(hidden[1:])
     np.testing.assert_array_equal(first, kept)
     np.testing.assert_array_equal(hidden, before)
 
@@ -103,11 +104,11 @@ def agreement(dtype: DType, n: int = 500, spoil: bool = False) -> float:
     chosen = lm_head[torch.randint(vocab, (n,), generator=generator)]
     lean = 6 * torch.rand(n, 1, generator=generator) + 2
     rows = (lean * chosen + torch.randn(n, dim, generator=generator)).numpy()
-    exact = MedusaDrafter(heads, n_heads=2, ranks=1, dtype="f32").draft(rows)[0]
+    exact = MedusaDrafter(heads, n_heads=2, ranks=1, dtype="f32").rank(rows)[0]
     if spoil:
         heads.weight.data.mul_(-1)
     other = MedusaDrafter(heads, n_heads=2, ranks=1, dtype=dtype)
-    drafted = np.concatenate([other.draft(rows[i : i + 1])[0] for i in range(n)])
+    drafted = np.concatenate([other.rank(rows[i : i + 1])[0] for i in range(n)])
     return float((exact == drafted).mean())
 
 
@@ -123,7 +124,7 @@ def test_the_comparison_sees_wrong_weights() -> None:
 def test_a_row_of_zeros_is_no_trouble_in_int8() -> None:
     heads = make()
     heads.lm_head[7] = 0
-    tokens, probs = MedusaDrafter(heads, n_heads=K, ranks=3, dtype="int8", with_probs=True).draft(states(2))
+    tokens, probs = MedusaDrafter(heads, n_heads=K, ranks=3, dtype="int8", with_probs=True).rank(states(2))
     assert probs is not None
     assert np.isfinite(probs).all()
     assert ((tokens >= 0) & (tokens < V)).all()

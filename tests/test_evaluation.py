@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model.heads.hydra import HydraHeads
 from model.heads.medusa import HeadsConfig, MedusaHeads
 from model.training.batches import Batch, Batches, head_targets
 from model.training.evaluation import RANKS, evaluate
@@ -55,8 +57,11 @@ def test_batches_hold_each_position_once_with_its_targets() -> None:
     assert sum(len(b.states) for b in found) == batches.n_positions
     seen = set()
     for batch in found:
-        for (i, t), wanted in zip(batch.states.long().tolist(), batch.targets.tolist(), strict=True):
+        rows = zip(batch.states.long().tolist(), batch.tokens.tolist(), batch.targets.tolist(), strict=True)
+        for (i, t), tokens, wanted in rows:
             seen.add((i, t))
+            behind = samples[i].tokens[t + 1 : t + 4].tolist()
+            assert tokens == behind + [0] * (3 - len(behind)), "whether they are learnt or not"
             for k, token in enumerate(wanted):
                 place = t + 2 + k
                 valid = place < len(samples[i].tokens) and samples[i].mask[place]
@@ -77,6 +82,7 @@ def test_an_epoch_can_be_entered_anywhere(since: int) -> None:
     assert len(late) == len(whole) - since == len(batches) - since
     for a, b in zip(whole[since:], late, strict=True):
         assert torch.equal(a.states, b.states)
+        assert torch.equal(a.tokens, b.tokens)
         assert torch.equal(a.targets, b.targets)
     assert not torch.equal(next(batches.epoch([0, 2])).states, whole[0].states), "each epoch has an order of its own"
 
@@ -90,18 +96,25 @@ def test_samples_without_states_teach_nothing() -> None:
         assert bool((batch.states[~known] == 0).all())
 
 
-def test_figures_against_a_count_by_hand() -> None:
+@pytest.mark.parametrize("head_type", ["medusa", "hydra"])
+def test_figures_against_a_count_by_hand(head_type: Literal["medusa", "hydra"]) -> None:
     torch.manual_seed(0)
     heads = MedusaHeads(HeadsConfig(3, 8, 20), torch.randn(20, 8), soft_cap=5.0)
+    if head_type == "hydra":
+        heads = HydraHeads(HeadsConfig(3, 8, 20), torch.randn(20, 8), torch.randn(20, 8), soft_cap=5.0)
     with torch.no_grad():
-        heads.weight.normal_(std=0.5)
+        for parameter in heads.parameters():
+            parameter.normal_(std=0.5)
     states, targets = torch.randn(300, 8), torch.randint(-1, 20, (300, 3))
+    tokens = torch.randint(0, 20, (300, 3))
+    for k in range(3):  # enough hits for the later heads; what Hydra heads read are the tokens before
+        with torch.no_grad():
+            guesses = heads.logits(states, tokens)[k].argmax(-1)
+        targets[:, k] = torch.where(torch.rand(300) < 0.5, guesses, targets[:, k])
+        tokens[:, k + 1 :] = targets[:, k : k + 1].clamp(min=0)
+    found = evaluate(heads, [Batch(states, tokens, targets)[:131], Batch(states, tokens, targets)[131:]])
     with torch.no_grad():
-        guesses = heads.logits(states).argmax(-1).T
-    targets = torch.where(torch.rand(300, 3) < 0.5, guesses, targets)  # enough hits for the later heads
-    found = evaluate(heads, [Batch(states[:131], targets[:131]), Batch(states[131:], targets[131:])])
-    with torch.no_grad():
-        logits = heads.logits(states)
+        logits = heads.logits(states, tokens)
     hits = np.zeros((3, RANKS))
     reached = np.zeros(3)
     for n in range(300):

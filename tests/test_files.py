@@ -16,7 +16,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from model.errors import HeadsError, OutputError
-from model.heads.files import CONFIG_FILE, HEADS_FILE, base_facts, load_heads, save_heads, whole_folder, write_heads
+from model.heads.files import (
+    CONFIG_FILE,
+    HEADS_FILE,
+    base_facts,
+    load_heads,
+    new_heads,
+    save_heads,
+    whole_folder,
+    write_heads,
+)
+from model.heads.hydra import HydraHeads
 from model.heads.medusa import HeadsConfig, MedusaHeads
 
 K, D, V = 3, 16, 40
@@ -36,15 +46,18 @@ class FakeBase:
     def file_fingerprint(self) -> str:
         return self._file
 
+    tied = False
+
     def output_weight(self) -> npt.NDArray[np.float32]:
         return np.random.default_rng(0).standard_normal((self.n_vocab, self.n_embd), np.float32)
 
+    def token_embeddings(self) -> npt.NDArray[np.float32]:
+        return np.random.default_rng(1).standard_normal((self.n_vocab, self.n_embd), np.float32)
 
-def make(lm_head: str = "tied", hidden: int = 0) -> MedusaHeads:
+
+def make(lm_head: str = "tied", hidden: int = 0, head_type: str = "medusa") -> MedusaHeads:
     torch.manual_seed(0)
-    base = FakeBase()
-    config = HeadsConfig(K, D, V, 2, hidden, lm_head)  # type: ignore[arg-type]
-    heads = MedusaHeads(config, torch.from_numpy(base.output_weight()), base.logit_scale, base.soft_cap)
+    heads = new_heads(HeadsConfig(K, D, V, 2, hidden, lm_head, head_type), FakeBase())  # type: ignore[arg-type]
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -64,13 +77,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("lm_head", ["tied", "own"])
 @pytest.mark.parametrize("hidden", [0, 6])
-def test_round_trip(tmp_path: Path, lm_head: str, hidden: int) -> None:
-    heads, states = make(lm_head, hidden), torch.randn(4, D)
+@pytest.mark.parametrize("head_type", ["medusa", "hydra"])
+def test_round_trip(tmp_path: Path, lm_head: str, hidden: int, head_type: str) -> None:
+    heads, states, tokens = make(lm_head, hidden, head_type), torch.randn(4, D), torch.randint(V, (4, K))
     save_heads(tmp_path / "heads", heads, facts())
     for path in (tmp_path / "heads", tmp_path / "heads" / HEADS_FILE):
         loaded, config = load_heads(path, FakeBase())
         assert loaded.config == heads.config
-        assert torch.equal(loaded.logits(states), heads.logits(states))
+        assert type(loaded) is type(heads)
+        assert torch.equal(loaded.logits(states, tokens), heads.logits(states, tokens))
         assert not any(parameter.requires_grad for parameter in loaded.parameters())
         assert config["training"] == {"epochs": 3}
         assert config["rank_accuracies"] == [[0.5] * 10] * K
@@ -111,6 +126,19 @@ def test_another_quantization_is_fine_and_says_so(folder: Path, caplog: pytest.L
     assert "Q4_0" in caplog.text
 
 
+def test_heads_without_a_type_are_medusas(folder: Path) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    assert config.pop("head_type") == "medusa"
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
+    assert load_heads(folder, FakeBase())[0].config.head_type == "medusa"
+
+
+def test_hydra_heads_of_a_tied_model_hold_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeBase, "tied", True)
+    heads = make(head_type="hydra")
+    assert isinstance(heads, HydraHeads) and heads.embeddings.data_ptr() == heads.lm_head.data_ptr()
+
+
 @pytest.mark.parametrize(
     ("base", "words"),
     [(FakeBase(n_embd=32), "width 16"), (FakeBase(n_vocab=41), "40 tokens"), (FakeBase(tokenizer="u"), "tokenizers")],
@@ -147,6 +175,8 @@ def test_missing_heads(folder: Path, tmp_path: Path) -> None:
         (lambda c: c.update(k_heads=2), "weight is|bias is"),
         (lambda c: c.update(hidden_dim=6), "up"),
         (lambda c: c.update(lm_head="own"), "lm_head"),
+        (lambda c: c.update(head_type="eagle"), "head_type is 'eagle'"),
+        (lambda c: c.update(head_type="hydra"), "embed"),
     ],
 )
 def test_a_config_that_makes_no_sense(folder: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -24,11 +26,11 @@ class Greedy:
     def __init__(self, base: FakeBase, tokens: list[int], heads: int) -> None:
         self.base, self.tokens, self.heads = base, tokens, heads
 
-    def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], None]:
+    def draft(self, hidden: npt.NDArray[np.float32], roots: Sequence[int], trees: Sequence[Tree]) -> list[list[int]]:
         history = list(self.tokens)
         for _ in range(self.heads):
             history.append(int(self.base.logits_of(history).argmax()))
-        return np.array(history[-self.heads :], np.int32).reshape(1, self.heads, 1), None
+        return [history[-self.heads :] for _ in trees]
 
 
 def start(depth: int, request: Request, eog: frozenset[int] = frozenset(), context: int = 500) -> Generation:

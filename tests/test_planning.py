@@ -35,7 +35,7 @@ def curve(times: tuple[tuple[int, float], ...]) -> CostCurve:
 def live(times: tuple[tuple[int, float], ...], *, heads: bool = True, branch: int = 0) -> LivePlan:
     if not heads:
         return LivePlan(curve(times), branch=branch)
-    return LivePlan(curve(times), paths=grow(GOOD, 15), accuracies=GOOD, draft_s=DRAFT_S, branch=branch)
+    return LivePlan(curve(times), paths=grow(GOOD, 15), accuracies=GOOD, draft_s=[DRAFT_S] * len(GOOD), branch=branch)
 
 
 class Looping(FakeBase):
@@ -90,7 +90,7 @@ class World:
 
     def run(self, plan: Plan, n: int, slot: Slot | None = None) -> float:
         """Return tokens per second, plain decoding having one, over n tokens."""
-        slot = slot or Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0, 4, 3))
+        slot = slot or Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
         slot.hidden, spent, start = np.zeros((1, 4), np.float32), 0.0, len(slot.tokens)
         while len(slot.tokens) - start < n:
             proposal = plan.propose(slot)
@@ -140,7 +140,7 @@ def test_good_heads_earn_what_the_best_fixed_tree_earns(times: tuple[tuple[int, 
 def test_drafting_stops_where_the_text_turns_and_starts_again() -> None:
     world = World(BF16, GOOD)
     plan = live(BF16)
-    slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0, 4, 3))
+    slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
     first = world.run(plan, 300, slot)
     world.rates = 0 * GOOD
     world.run(plan, 100, slot)
@@ -166,9 +166,23 @@ def test_branches_rest_where_the_text_so_far_says_nothing_about_what_follows() -
     assert sum(rows) < 120 and sum(rows[-100:]) < 20
 
 
+def test_a_tree_pays_for_its_depth() -> None:
+    def first_tree(draft_s: list[float]) -> Tree:
+        plan = LivePlan(curve(BF16), paths=grow(GOOD, 15), accuracies=GOOD, draft_s=draft_s)
+        slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
+        slot.hidden = np.zeros((1, 1), np.float32)
+        return plan.propose(slot).tree
+
+    level, steep = [0.1] * 4, [0.1, 0.4, 0.7, 1.0]
+    for draft_s in (level, steep):
+        rates = best_tree(GOOD, curve(BF16).on_offer(0, 16), draft_seconds=draft_s, max_nodes=16)
+        assert first_tree(draft_s).max_depth == rates.tree.max_depth
+    assert first_tree(steep).max_depth < first_tree(level).max_depth
+
+
 def test_states_are_wanted_only_while_heads_draft() -> None:
     plan = live(Q4_K_M, heads=True)
-    slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0, 4, 3))
+    slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
     assert plan.wants_state(slot)
     World(Q4_K_M, 0 * GOOD).run(plan, 64, slot)
     assert slot.live is not None and slot.live.rests[0] > 1 and not plan.wants_state(slot)

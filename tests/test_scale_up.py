@@ -27,8 +27,8 @@ from model.decoding.sampling import Sampler, SamplingParams
 from model.engine import Engine, EngineOptions
 from model.errors import HeadsError, ModelFileError, UsageError
 from model.heads.drafter import MedusaDrafter
-from model.heads.files import base_facts, load_heads, save_heads
-from model.heads.medusa import HeadsConfig, MedusaHeads
+from model.heads.files import base_facts, load_heads, new_heads, save_heads
+from model.heads.medusa import HeadsConfig
 from model.measuring.report import read_prompts
 from model.training.documents import standard_library
 from model.trees.tree import Tree
@@ -193,7 +193,7 @@ def test_texts_become_the_same_tokens(grown: Grown) -> None:
 
 def ranked(path: Path, file: GGUFFile, states: Float32Array, dtype: Any = "f32") -> npt.NDArray[np.int32]:
     heads = load_heads(path, file)[0]
-    return MedusaDrafter(heads, n_heads=heads.config.k_heads, ranks=10, dtype=dtype).draft(states)[0]
+    return MedusaDrafter(heads, n_heads=heads.config.k_heads, ranks=10, dtype=dtype).rank(states)[0]
 
 
 def test_grown_heads_guess_the_same(grown: Grown) -> None:
@@ -210,16 +210,20 @@ def test_grown_heads_guess_the_same(grown: Grown) -> None:
     assert not facts["token_counts"][VOCAB:].any()
 
 
+@pytest.mark.parametrize("head_type", ["medusa", "hydra"])
 @pytest.mark.parametrize("hidden_dim", [0, 64])
-def test_deep_heads_grow_and_own_lm_heads_are_refused(grown: Grown, hidden_dim: int, tmp_path: Path) -> None:
+def test_deep_heads_grow_and_own_lm_heads_are_refused(
+    grown: Grown, hidden_dim: int, head_type: Any, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     file, states = GGUFFile(grown.scaled.model), torch.randn(20, 320)
     wide = torch.cat([states, torch.zeros(20, SMALL.dim - 321), torch.ones(20, 1)], 1)
+    tokens = torch.randint(VOCAB, (20, 2))
     for lm_head in ("tied", "own"):
-        config = HeadsConfig(2, 320, VOCAB, head_layers=2, hidden_dim=hidden_dim, lm_head=lm_head)
-        heads = MedusaHeads(config, torch.from_numpy(grown.base.output_weight())).requires_grad_(False)
-        for tensor in heads.state_dict().values():
-            tensor.normal_(std=0.05)
+        config = HeadsConfig(2, 320, VOCAB, 2, hidden_dim, lm_head, head_type)
+        heads = new_heads(config, grown.base).requires_grad_(False)
+        for parameter in heads.parameters():
+            parameter.normal_(std=0.05)
         save_heads(tmp_path / lm_head, heads, base_facts(grown.base))
         if lm_head == "own":
             with pytest.raises(HeadsError, match="own cannot be grown"):
@@ -227,7 +231,7 @@ def test_deep_heads_grow_and_own_lm_heads_are_refused(grown: Grown, hidden_dim: 
         else:
             grow_heads(tmp_path / "tied", grown.base, file, tmp_path / "large")
             large = load_heads(tmp_path / "large", file)[0]
-            expected, found = heads.logits(states), large.logits(wide)
+            expected, found = heads.logits(states, tokens), large.logits(wide, tokens)
             assert torch.allclose(found[..., :VOCAB], expected, atol=1e-3)
             assert found[..., VOCAB:].max() < -200
 

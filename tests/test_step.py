@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -26,9 +27,9 @@ class Oracle:
         self.shape = (tree.max_depth, tree.n_ranks)
         self.rng = np.random.default_rng(1)
 
-    def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], None]:
+    def draft(self, hidden: npt.NDArray[np.float32], roots: Sequence[int], trees: Sequence[Tree]) -> list[list[int]]:
         heads, ranks = self.shape
-        out = self.rng.integers(0, self.base.n_vocab, (1, heads, ranks), dtype=np.int32)
+        out = self.rng.integers(0, self.base.n_vocab, (heads, ranks), dtype=np.int32)
         history = list(self.slot.tokens)
         path = self.tree.paths[self.rng.choice(self.tree.leaves)]
         for k, rank in enumerate(path):
@@ -36,8 +37,8 @@ class Oracle:
             token = self.slot.sampler.choose(self.base.logits_of(history), index)
             history.append(token)
             if self.rng.random() >= self.miss:
-                out[0, k, rank] = token
-        return out, None
+                out[k, rank] = token
+        return [tree.fill(out) for tree in trees]
 
 
 def plain(base: FakeBase, prompt: list[int], n: int, params: SamplingParams) -> list[int]:
@@ -53,14 +54,14 @@ class Knowing:
 
     def __init__(self, text: list[int], so_far: list[int], tree: Tree, miss: float = 0.2, seed: int = 1) -> None:
         self.text, self.so_far, self.miss = text, so_far, miss
-        self.shape, self.rng = (1, tree.max_depth, tree.n_ranks), np.random.default_rng(seed)
+        self.shape, self.rng = (tree.max_depth, tree.n_ranks), np.random.default_rng(seed)
 
-    def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], None]:
+    def draft(self, hidden: npt.NDArray[np.float32], roots: Sequence[int], trees: Sequence[Tree]) -> list[list[int]]:
         out = self.rng.integers(0, 50, self.shape, dtype=np.int32)
-        for depth, token in enumerate(self.text[len(self.so_far) : len(self.so_far) + self.shape[1]]):
+        for depth, token in enumerate(self.text[len(self.so_far) : len(self.so_far) + self.shape[0]]):
             if self.rng.random() >= self.miss:
-                out[0, depth, self.rng.integers(self.shape[2])] = token
-        return out, None
+                out[depth, self.rng.integers(self.shape[1])] = token
+        return [tree.fill(out) for tree in trees]
 
 
 def run(
@@ -175,17 +176,20 @@ def test_slots_with_one_drafter_are_drafted_in_one_call() -> None:
     calls = []
 
     class Counting(RandomDrafter):
-        def draft(self, hidden: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int32], None]:
-            calls.append(len(hidden))
-            return super().draft(hidden)
+        def draft(
+            self, hidden: npt.NDArray[np.float32], roots: Sequence[int], trees: Sequence[Tree]
+        ) -> list[list[int]]:
+            calls.append((len(hidden), list(roots)))
+            return super().draft(hidden, roots, trees)
 
-    base, drafter = FakeBase(), Counting(50, 2, 1)
+    base, drafter = FakeBase(), Counting(50)
     slots = [Slot([i, 7], 12, Sampler(SamplingParams()), lambda t: False, drafter, range(i, i + 1)) for i in range(3)]
     for slot in slots:
         prefill(base, slot)
     step(base, slots, FixedPlan(Tree.chain(2)))
     step(base, slots, FixedPlan(Tree.chain(2)))
-    assert calls == [3], "no states before the first step, one call for all three slots in the second"
+    roots = [slot.tokens[2] for slot in slots]
+    assert calls == [(3, roots)], "no states before the first step, one call for all three slots in the second"
 
 
 @pytest.mark.parametrize("limit", range(4, 12))
@@ -210,7 +214,7 @@ def test_an_end_token_inside_an_accepted_path_ends_the_text_there() -> None:
 
 def test_statistics_count_nodes_by_depth() -> None:
     base = FakeBase()
-    slot = Slot([1, 2], 42, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0, 3, 1))
+    slot = Slot([1, 2], 42, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
     prefill(base, slot)
     while not slot.finished:
         step(base, [slot], FixedPlan(Tree.chain(3)))

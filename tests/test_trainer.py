@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.errors import DataError, UsageError
+from model.heads.hydra import HydraHeads
 from model.heads.medusa import HeadsConfig, MedusaHeads
 from model.training import trainer as trainer_module
 from model.training.batches import Batches
@@ -59,7 +60,10 @@ class Nothing(Counting):
 def build(folder: Path, options: TrainOptions = OPTIONS, states: Counting | None = None, **config: Any) -> Trainer:
     torch.manual_seed(0)
     states = states or Counting()
-    heads = MedusaHeads(HeadsConfig(2, DIM, VOCAB, **config), torch.randn(VOCAB, DIM))
+    shape = HeadsConfig(2, DIM, VOCAB, **config, head_type=options.head_type)
+    heads = MedusaHeads(shape, torch.randn(VOCAB, DIM))
+    if options.head_type == "hydra":
+        heads = HydraHeads(shape, heads.lm_head, torch.randn(VOCAB, DIM))
     train, check = Batches(states, range(50), 2, 64), Batches(states, range(50, 60), 2, 64)
     facts: dict[str, Any] = {
         "heads_fingerprint": "h", "base_fingerprint": "b", "base_name": "n", "base_file_type": "F32",
@@ -95,6 +99,27 @@ def test_heads_learn_to_count(tmp_path: Path, config: dict[str, Any]) -> None:
     assert result.evaluations[0].loss > 2 * result.evaluations[-1].loss
 
 
+class Halves(Counting):
+    """Texts of a token by chance and the one behind it, in turn; states tell the token they stand at."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        rng = np.random.default_rng(1)
+        for i, sample in enumerate(self.samples):
+            pairs = rng.integers(0, VOCAB, 10).repeat(2) + [0, 1] * 10
+            self.samples[i] = replace(sample, tokens=(pairs % VOCAB).astype(np.int32))
+
+
+def test_only_hydra_learns_what_hangs_on_drafted_tokens(tmp_path: Path) -> None:
+    options = replace(OPTIONS, epochs=6, learning_rate=5e-2, gradient_accumulation_steps=1)
+    found = {}
+    for head_type in ("medusa", "hydra"):
+        run = build(tmp_path / head_type, replace(options, head_type=head_type), Halves())
+        found[head_type] = run.fit().evaluations[-1].top1
+    assert max(found["medusa"]) < 0.2, "a token by chance, or the one behind it"
+    assert min(found["hydra"]) > 0.45, "every other token is known from the one before"
+
+
 @pytest.mark.parametrize("lm_head", ["tied", "own"])
 def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
     torch.manual_seed(0)
@@ -106,7 +131,7 @@ def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
     logits = heads.logits(states)
     wanted = sum(0.8**k * F.cross_entropy(logits[k], targets[:, k], ignore_index=-1) for k in range(2))
     assert isinstance(wanted, Tensor)
-    found = heads_loss(heads, states, targets)
+    found = heads_loss(heads, states, targets, targets)
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
     (a,) = torch.autograd.grad(found, heads.weight)
     (b,) = torch.autograd.grad(wanted, heads.weight)
@@ -116,7 +141,7 @@ def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
 def test_own_lm_heads_share_one_gradient() -> None:
     """Indexing (K,V,D) K times would make K gradients of that size."""
     heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head="own"), torch.randn(VOCAB, DIM))
-    waiting: list[Any] = [heads_loss(heads, torch.randn(9, DIM), torch.randint(0, VOCAB, (9, 3))).grad_fn]
+    waiting: list[Any] = [heads_loss(heads, torch.randn(9, DIM), *torch.randint(0, VOCAB, (2, 9, 3))).grad_fn]
     readers = set()
     while waiting:
         node = waiting.pop()
@@ -196,8 +221,12 @@ def test_lost_lines_of_the_record_are_dropped(tmp_path: Path, monkeypatch: pytes
 
 def test_another_run_cannot_be_resumed(tmp_path: Path) -> None:
     build(tmp_path).fit()
-    with pytest.raises(UsageError, match="another learning_rate"):
+    with pytest.raises(UsageError, match=r"another learning_rate \(0.01, now 1.0\)"):
         build(tmp_path, replace(OPTIONS, learning_rate=1.0)).resume(tmp_path)
+    with pytest.raises(UsageError, match=r"another head_type \(medusa, now hydra\)"):
+        build(tmp_path, replace(OPTIONS, head_type="hydra")).resume(tmp_path)
+    with pytest.raises(UsageError, match=r"another k_heads \(2, now 3\)"):
+        build(tmp_path, replace(OPTIONS, k_heads=3)).resume(tmp_path)
     other = build(tmp_path)
     other.identity = {"text": "2"}
     with pytest.raises(UsageError, match="another text"):

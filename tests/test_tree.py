@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from model.errors import UsageError
@@ -28,8 +29,8 @@ def test_a_tree_of_rank_paths() -> None:
 
 def test_node_tokens_come_from_a_table_of_guesses() -> None:
     t = Tree.product([2, 2])
-    table = [10, 11, 12, 20, 21, 22]
-    assert t.level_sizes == [2, 4] and [table[i] for i in t.flat_guesses(3)] == [10, 11, 20, 21, 20, 21]
+    table = np.array([[10, 11, 12], [20, 21, 22]], np.int32)
+    assert t.level_sizes == [2, 4] and t.fill(table) == [10, 11, 20, 21, 20, 21]
 
 
 def test_shapes() -> None:

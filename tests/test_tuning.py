@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from config import HEADS_FOLDER
 from model.base import remember
 from model.decoding.generation import Request
 from model.engine import Engine, EngineOptions
+from model.heads.files import base_facts, new_heads, save_heads
+from model.heads.hydra import HydraHeads
 from model.measuring import tuning
 from model.measuring.tuning import KIND, RANKS, Tuning, guess_rates, live_decoder, measure, tuned
 from model.trees.costs import CostCurve
@@ -25,6 +29,21 @@ def engine(bundled_gguf: Path) -> Iterator[Engine]:
     engine = Engine(bundled_gguf, EngineOptions(n_threads=2, context_size=512, max_nodes=16), None, HEADS_FOLDER)
     yield engine
     engine.model.close()
+
+
+@pytest.fixture(scope="module")
+def hydra(bundled_gguf: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The bundled heads, made to look at drafted tokens too, in ways that nobody taught them."""
+    torch.manual_seed(0)
+    heads = new_heads(replace(engine.heads.config, head_type="hydra"), engine.file)
+    heads.load_state_dict(engine.heads.state_dict(), strict=False)
+    assert isinstance(heads, HydraHeads)
+    torch.nn.init.normal_(heads.embed, std=0.02)
+    folder = tmp_path_factory.mktemp("hydra") / "heads"
+    save_heads(folder, heads, {key: engine.heads_facts[key] for key in (*base_facts(engine.file), "rank_accuracies")})
+    hydra = Engine(bundled_gguf, engine.options, folder, HEADS_FOLDER)
+    yield hydra
+    hydra.model.close()
 
 
 @pytest.fixture(autouse=True)
@@ -49,19 +68,21 @@ def test_everything_is_measured(engine: Engine) -> None:
     assert [len(c.tree) for c in best] == list(found.curve.sizes) and best[0].speedup == 1.0
 
 
-def test_rates_are_those_of_a_text_written_step_by_step(engine: Engine) -> None:
+@pytest.mark.parametrize("kind", ["engine", "hydra"])
+def test_rates_are_those_of_a_text_written_step_by_step(kind: str, request: pytest.FixtureRequest) -> None:
     """A chain drafted along the way must be accepted as often as the counted rates say."""
-    request = requests(engine)[0]
+    engine: Engine = request.getfixturevalue(kind)
+    wanted = requests(engine)[0]
     drafter = engine.drafter(Tree.chain(engine.n_heads), ranks=RANKS)
-    rates, n = guess_rates(engine, drafter, [request], 40)
+    rates, n = guess_rates(engine, drafter, [wanted], 40)
     prior = np.array(engine.heads_facts["rank_accuracies"])[: engine.n_heads, :RANKS]
     hits = rates[0] * (n + tuning.PRIOR) - tuning.PRIOR * prior[0]
     assert hits == pytest.approx(hits.round(), abs=1e-3), "hits are whole numbers"
     with engine.decoder() as plain:
-        text = plain.start(request)
+        text = plain.start(wanted)
         text.run()
     with engine.decoder(Tree.chain(1)) as medusa:
-        drafted = medusa.start(request)
+        drafted = medusa.start(wanted)
         drafted.run()
     stats = drafted.slot.stats
     assert drafted.tokens == text.tokens
@@ -92,6 +113,16 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
         file.write_text(json.dumps(content))
         before = len(calls)
         assert tuned(engine, requests(engine), heads=False) == known and len(calls) == before + 1, damage
+
+
+def test_hydra_heads_are_measured_and_draft_trees(hydra: Engine) -> None:
+    found = measure(hydra, requests(hydra), heads=True, budget_s=0.3)
+    assert len(found.draft_s) == hydra.n_heads and np.array(found.accuracies).shape == (hydra.n_heads, RANKS)
+    with hydra.decoder() as plain, hydra.decoder(Tree.product([3, 2, 2])) as drafted:
+        for request in requests(hydra):
+            ours, theirs = drafted.start(request), plain.start(request)
+            assert ours.run() == theirs.run()
+            assert ours.slot.stats.acceptance_length > 1.0
 
 
 @pytest.mark.parametrize("ngrams", [True, False])

@@ -69,8 +69,8 @@ class LivePlan:
     Trees grow node by node in the order of `paths`, which the search has found; a branch of up to `branch` tokens comes
     from the slot's own text. Expected tokens per step: 1 + b + (1 - q) · h, with h the heads' tree alone, b the branch
     alone and q the rate of its first token. Rates begin with `accuracies` (K, R), conditional on the parent's
-    acceptance, and follow what each text shows. curve: seconds of a step but for the heads; draft_s: the heads'.
-    max_nodes: of a draft, with the root.
+    acceptance, and follow what each text shows. curve: seconds of a step but for the heads; draft_s (D,): the
+    heads', by the depth of the tree. max_nodes: of a draft, with the root.
     """
 
     def __init__(
@@ -79,13 +79,15 @@ class LivePlan:
         *,
         paths: Sequence[RankPath] = (),
         accuracies: npt.NDArray[np.float64] | None = None,
-        draft_s: float = 0.0,
+        draft_s: Sequence[float] = (),
         branch: int = 0,
         max_nodes: int = 256,
     ) -> None:
-        self.curve, self.draft_s, self._branch = curve, draft_s, branch
+        self.curve, self._branch = curve, branch
         self._trees = [Tree(paths[:n]) for n in range(len(paths) + 1)]
         self._depths = self._trees[-1].max_depth
+        by_depth = [0.0, *draft_s] if draft_s else np.zeros(self._depths + 1)
+        self.draft_s = np.array([by_depth[tree.max_depth] for tree in self._trees])  # (T,)
         self._rates = np.zeros((len(paths) + 1, self._depths))  # of reaching each depth from the one above, by tree
         for n, tree in enumerate(self._trees):
             assert n == 0 or accuracies is not None
@@ -93,8 +95,8 @@ class LivePlan:
             for i in range(1, len(tree)):
                 assert accuracies is not None
                 chance[i] = chance[tree.parents[i]] * accuracies[tree.depths[i] - 1, tree.ranks[i]]
-            by_depth = np.bincount(tree.depths, chance, minlength=self._depths + 1)
-            np.divide(by_depth[1:], by_depth[:-1], out=self._rates[n], where=by_depth[:-1] > 0)
+            reached = np.bincount(tree.depths, chance, minlength=self._depths + 1)
+            np.divide(reached[1:], reached[:-1], out=self._rates[n], where=reached[:-1] > 0)
         self.lanes = max(len(tree.leaves) for tree in self._trees) + (branch > 0 and len(paths) > 0)
         self._sizes = len(paths) + branch + 1  # that trees and branches can make together
         self.max_nodes = min(self._sizes, max_nodes)
@@ -210,7 +212,7 @@ class LivePlan:
         branches = slot.ngrams is not None and not live.rests[1]
         branch = np.arange(self._branch + 1 if branches else 1)  # (M,)
         cost = seconds[np.arange(len(h))[:, None] + branch] * drift[1]  # (T, M)
-        cost[1:] += self.draft_s
+        cost += self.draft_s[: len(h), None]
         cost /= favour
         cost[0, 0] = WORTH * one * drift[0]
         table, live.heads, live.branch, live.worths = Table(), h, [], {}

@@ -54,17 +54,17 @@ class SharedPlan:
         if len(slots) == 1:
             return [self._plan.propose(slots[0])]
         looks = [self._plan.look(slot) for slot in slots]
-        offers: list[tuple[float, int, bool, bool]] = []  # worth, slot, whether of the heads, whether its first
+        offers: list[tuple[float, int, int]] = []  # worth, slot, which of the heads' nodes (0: a branch's)
         for i, (slot, (live, following)) in enumerate(zip(slots, looks, strict=True)):
             branch, heads = self._worths(live, live.match if following else 0)
-            offers += [(worth, i, False, False) for worth in branch]
+            offers += [(worth, i, 0) for worth in branch]
             if slot.hidden is not None and slot.drafter is not None:
-                offers += [(worth, i, True, m == 0) for m, worth in enumerate(heads)]
+                offers += [(worth, i, m) for m, worth in enumerate(heads, 1)]
         offers.sort(key=itemgetter(0), reverse=True)
         taken = self._how_many(slots, offers[: self._most_rows - len(slots)])
         counts = [[0, 0] for _ in slots]
-        for _, i, by_heads, _ in offers[:taken]:
-            counts[i][by_heads] += 1
+        for _, i, m in offers[:taken]:
+            counts[i][m > 0] += 1
         return [
             self._plan.proposal(slot, nodes, following, min(branch, self.max_nodes - 1 - nodes))
             for slot, (_, following), (branch, nodes) in zip(slots, looks, counts, strict=True)
@@ -79,7 +79,7 @@ class SharedPlan:
             live.worths[match] = np.diff(branch).tolist()[:room], heads.tolist()[:room]
         return live.worths[match]
 
-    def _how_many(self, slots: Sequence[Slot], offers: list[tuple[float, int, bool, bool]]) -> int:
+    def _how_many(self, slots: Sequence[Slot], offers: list[tuple[float, int, int]]) -> int:
         """Return how many of the worthiest nodes to draft."""
         if not offers:
             self._predicted = float(self._plan.curve.seconds_for(len(slots), sum(len(slot.tokens) for slot in slots)))
@@ -92,8 +92,9 @@ class SharedPlan:
             (measured + TRUST * every[0]) / (predicted + TRUST * every[0]) for predicted, measured in self._times
         )
         cost = seconds[roots - 1 :] * drafted  # (k + 1,)
-        states = np.cumsum([0, *(first for *_, first in offers)])
-        cost += self._plan.draft_s * np.where(states > 0, 1 + MORE_STATES * (states - 1), 0)
+        nodes = np.array([0, *(m for *_, m in offers)])
+        states = np.cumsum(nodes == 1)
+        cost += np.maximum.accumulate(self._plan.draft_s[nodes]) * (1 + MORE_STATES * np.maximum(states - 1, 0))
         cost[0] = WORTH * plain * every[roots - 1]
         tokens = roots + np.cumsum([0.0, *(worth for worth, *_ in offers)])
         best = int((tokens / cost).argmax())

@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.errors import HeadsError, OutputError
+from model.heads.hydra import HydraHeads
 from model.heads.medusa import HeadsConfig, MedusaHeads
 
 FORMAT_VERSION = 1
@@ -52,7 +53,10 @@ class Base(Protocol):
     def soft_cap(self) -> float: ...  # noqa: D102
     def heads_fingerprint(self) -> str: ...  # noqa: D102
     def file_fingerprint(self) -> str: ...  # noqa: D102
+    @property
+    def tied(self) -> bool: ...  # noqa: D102
     def output_weight(self) -> npt.NDArray[np.float32]: ...  # noqa: D102
+    def token_embeddings(self) -> npt.NDArray[np.float32]: ...  # noqa: D102
 
 
 def base_facts(base: Base) -> dict[str, str]:
@@ -122,6 +126,17 @@ def save_heads(folder: Path, heads: MedusaHeads, facts: dict[str, Any]) -> None:
         write_heads(new, heads, facts)
 
 
+def new_heads(config: HeadsConfig, base: Base, lm_head: Tensor | None = None) -> MedusaHeads:
+    """Return untrained heads of either type for a base model. lm_head: another than the base's."""
+    if lm_head is None:
+        lm_head = torch.from_numpy(base.output_weight())
+    if config.head_type == "medusa":
+        return MedusaHeads(config, lm_head, base.logit_scale, base.soft_cap)
+    shared = base.tied and lm_head.dim() == 2
+    embeddings = lm_head if shared else torch.from_numpy(base.token_embeddings())
+    return HydraHeads(config, lm_head, embeddings, base.logit_scale, base.soft_cap)
+
+
 def load_heads(path: Path, base: Base) -> tuple[MedusaHeads, dict[str, Any]]:
     """Read heads (f32, frozen) from a folder or its safetensors file; the config comes with "token_counts" or None.
 
@@ -137,13 +152,13 @@ def load_heads(path: Path, base: Base) -> tuple[MedusaHeads, dict[str, Any]]:
     tensors = _read_tensors(path if path.is_file() else folder / HEADS_FILE)
     counts = tensors.pop("token_counts", None)
     with torch.device("meta"):
-        shapes = MedusaHeads(config, torch.empty(config.vocab, config.dim)).state_dict()
+        matrix = torch.empty(config.vocab, config.dim)
+        hydra = config.head_type == "hydra"
+        shapes = (HydraHeads(config, matrix, matrix) if hydra else MedusaHeads(config, matrix)).state_dict()
     _check_tensors(path, tensors, {name: tuple(tensor.shape) for name, tensor in shapes.items()})
     if counts is not None and (counts.shape != (config.vocab,) or counts.dtype != torch.int32):
         raise HeadsError(f"{path}: token_counts must be int32 ({config.vocab},): write the heads anew")
-    own = config.lm_head == "own"
-    lm_head = tensors["lm_head"].float() if own else torch.from_numpy(base.output_weight())
-    heads = MedusaHeads(config, lm_head, base.logit_scale, base.soft_cap)
+    heads = new_heads(config, base, tensors["lm_head"].float() if config.lm_head == "own" else None)
     heads.load_state_dict(tensors)
     facts["token_counts"] = None if counts is None else counts.numpy()
     return heads.requires_grad_(False).eval(), facts
@@ -173,10 +188,13 @@ def _heads_config(path: Path, facts: dict[str, Any]) -> HeadsConfig:
             raise HeadsError(f"{path}: {name} is {value!r}, not a whole number from {least} to {most}")
     if facts.get("lm_head") not in ("tied", "own"):
         raise HeadsError(f"{path}: lm_head is {facts.get('lm_head')!r}, neither 'tied' nor 'own'")
+    head_type = facts.get("head_type", "medusa")  # the only one there was
+    if head_type not in ("medusa", "hydra"):
+        raise HeadsError(f"{path}: head_type is {head_type!r}, neither 'medusa' nor 'hydra'")
     for name in ("heads_fingerprint", "base_fingerprint", "base_name", "base_file_type"):
         if not isinstance(facts.get(name), str):
             raise HeadsError(f"{path}: {name} is {facts.get(name)!r}, not a text")
-    return HeadsConfig(**{name: facts[name] for name in sizes}, lm_head=facts["lm_head"])
+    return HeadsConfig(**{name: facts[name] for name in sizes}, lm_head=facts["lm_head"], head_type=head_type)
 
 
 def _check_fit(path: Path, config: HeadsConfig, facts: dict[str, Any], base: Base) -> None:

@@ -23,6 +23,7 @@ class HeadsConfig:
     head_layers: int = 1
     hidden_dim: int = 0  # width inside a block; 0 or dim: no bottleneck
     lm_head: Literal["tied", "own"] = "tied"
+    head_type: Literal["medusa", "hydra"] = "medusa"
 
     @property
     def bottleneck(self) -> bool:
@@ -58,17 +59,25 @@ class MedusaHeads(nn.Module):
         else:
             self.register_buffer("lm_head", lm_head.detach(), persistent=False)
 
-    def hidden(self, states: Tensor) -> Tensor:
-        """Run all heads' blocks: (...,D) -> (K,...,D), what the LM head reads."""
-        x = states.reshape(1, -1, self.config.dim).expand(self.config.k_heads, -1, -1)  # (K,N,D)
+    def inputs(self, states: Tensor, tokens: Tensor | None) -> Tensor:
+        """Give what the heads' first blocks read, (N,D) -> (K,N,D): the state itself."""
+        return states.expand(self.config.k_heads, -1, -1)
+
+    def hidden(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Run all heads' blocks: (...,D) -> (K,...,D), what the LM head reads.
+
+        tokens: (...,K) int64, those behind each state, the next one first; Medusa heads don't look at them.
+        """
+        known = None if tokens is None else tokens.reshape(-1, self.config.k_heads)
+        x = self.inputs(states.reshape(-1, self.config.dim), known)  # (K,N,D)
         for layer in range(self.config.head_layers):
             inner = F.silu(torch.baddbmm(self.bias[layer].unsqueeze(1), x, self.weight[layer].mT))
             x = x + (inner if self.up is None else inner @ self.up[layer].mT)
         return x.reshape(self.config.k_heads, *states.shape)
 
-    def logits(self, states: Tensor) -> Tensor:
+    def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Give all heads' logits, (...,D) -> (K,...,V): for small inputs, training uses `linear_cross_entropy`."""
-        hidden = self.hidden(states)
+        hidden = self.hidden(states, tokens)
         flat = hidden.reshape(self.config.k_heads, -1, self.config.dim)
         logits = (flat @ self.lm_head.mT).reshape(*hidden.shape[:-1], self.config.vocab) * self.logit_scale
         return torch.tanh(logits / self.soft_cap) * self.soft_cap if self.soft_cap else logits

@@ -169,14 +169,13 @@ def drafters(engine: Engine, tree: Tree) -> dict[str, Drafter | None]:
 
     Trees with siblings are drafted by the heads together with the text so far, too.
     """
-    shape = (tree.max_depth, tree.n_ranks)
     heads = engine.drafter(tree)
     return {
         "heads": heads,
         **({BOTH: heads} if len(tree.leaves) > 1 else {}),
         "right drafts": None,
-        "random drafts": RandomDrafter(engine.file.n_vocab, *shape),
-        "wrong drafts": ConstantDrafter(engine.model.bos if engine.model.bos >= 0 else 0, *shape),
+        "random drafts": RandomDrafter(engine.file.n_vocab),
+        "wrong drafts": ConstantDrafter(max(engine.model.bos, 0)),
     }
 
 
@@ -189,14 +188,14 @@ def _write(decoder: Decoder, request: Request, tree: Tree = ROOT_ONLY, text: lis
     """Write a text and keep its logits; where nobody drafts, the tree is drafted from `text`, if there is one."""
     generation = decoder.start(request, keep_logits=True)
     if decoder.drafter is None and text is not None:
-        generation.slot.drafter = _Knowing(text, generation.slot.tokens, tree, decoder.base.n_vocab)
+        generation.slot.drafter = _Knowing(text, generation.slot.tokens, decoder.base.n_vocab)
     generation.run()
     return generation
 
 
 def bit_equal(engine: Engine, tree: Tree, requests: Sequence[Request], texts: list[Generation]) -> int:
     """Count the texts whose logits are bit-equal to those of a run with useless drafts of the same shapes."""
-    useless = RandomDrafter(engine.file.n_vocab, tree.max_depth, tree.n_ranks, seed=1)
+    useless = RandomDrafter(engine.file.n_vocab, seed=1)
     equal = 0
     with engine.decoder(tree, useless) as decoder:
         for request, text in zip(requests, texts, strict=True):
@@ -210,17 +209,15 @@ def bit_equal(engine: Engine, tree: Tree, requests: Sequence[Request], texts: li
 class _Knowing:
     """Drafts the text that plain decoding wrote, at rank 1 where there is one: faults must meet accepted nodes."""
 
-    def __init__(self, text: list[int], so_far: list[int], tree: Tree, n_vocab: int) -> None:
+    def __init__(self, text: list[int], so_far: list[int], n_vocab: int) -> None:
         self._text, self._so_far, self._n_vocab = text, so_far, n_vocab
-        self._guesses, self._rank = np.zeros((1, tree.max_depth, tree.n_ranks), np.int32), min(1, tree.n_ranks - 1)
 
-    def draft(self, hidden: Float32Array) -> tuple[npt.NDArray[np.int32], None]:
-        for depth in range(self._guesses.shape[1]):
-            at = len(self._so_far) + depth
-            known = self._text[at] if at < len(self._text) else 0
-            self._guesses[0, depth] = (known + 1 + np.arange(self._guesses.shape[2])) % self._n_vocab
-            self._guesses[0, depth, self._rank] = known
-        return self._guesses, None
+    def draft(self, hidden: Float32Array, roots: Sequence[int], trees: Sequence[Tree]) -> list[list[int]]:
+        (tree,) = trees
+        known = (self._text[len(self._so_far) :] + [0] * tree.max_depth)[: tree.max_depth]
+        guesses = (np.array(known)[:, None] + 1 + np.arange(tree.n_ranks)) % self._n_vocab
+        guesses[:, min(1, tree.n_ranks - 1)] = known
+        return [tree.fill(guesses.astype(np.int32))]
 
 
 class _SiblingsSee(LlamaBase):
@@ -289,7 +286,7 @@ def _write_with_fault(
     with Decoder(engine.base(plan, kind, context=room), plan, None, engine.context) as decoder:
         for request, text in zip(requests, plain_texts, strict=True):
             generation = decoder.start(request, keep_logits=True)
-            generation.slot.drafter = _Knowing(text, generation.slot.tokens, tree, engine.file.n_vocab)
+            generation.slot.drafter = _Knowing(text, generation.slot.tokens, engine.file.n_vocab)
             if kind is LlamaBase:
                 generation.slot.sampler = _SecondBest(request.sampling)
             generation.run()

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from model.base.llama import LlamaBase
 from model.base.remember import recall, remember
-from model.decoding.drafting import ConstantDrafter, Drafter
+from model.decoding.drafting import ConstantDrafter, Drafter, HeadsDrafter
 from model.decoding.generation import Request
 from model.decoding.live import HOPEFUL, LivePlan
 from model.decoding.planning import FixedPlan
@@ -171,7 +171,7 @@ class StepTimer:
         lanes, sampler = range(self._base.n_seq_max), Sampler(SamplingParams())
         slot = Slot(list(self._tokens), 1 << 30, sampler, lambda token: False, lanes=lanes)
         if n > 1:
-            slot.drafter, slot.hidden = ConstantDrafter(0, n - 1, 1), np.zeros((1, self._base.n_embd), np.float32)
+            slot.drafter, slot.hidden = ConstantDrafter(0), np.zeros((1, self._base.n_embd), np.float32)
         return slot
 
     def _step(self, n: int) -> float:
@@ -182,9 +182,10 @@ class StepTimer:
 
 
 def draft_seconds(engine: Engine, draft_vocab: int | None, budget_s: float) -> list[float]:
-    """Return (K,) seconds that the first 1 … K heads take between two decodes, where all caches are cold."""
+    """Return (K,) seconds that chains of 1 … K tokens take to draft between two decodes, where all caches are cold."""
     k = engine.n_heads
-    drafters = {depth: engine.drafter(Tree.chain(depth), draft_vocab) for depth in sorted({1, k})}
+    chains = {depth: Tree.chain(depth) for depth in sorted({1, (k + 1) // 2, k})}
+    drafters = {depth: engine.drafter(chain, draft_vocab) for depth, chain in chains.items()}
     times: dict[int, list[float]] = {depth: [] for depth in drafters}
     state, start = np.random.default_rng(0).standard_normal((1, engine.file.n_embd)).astype(np.float32), perf_counter()
     with engine.base() as base:
@@ -193,12 +194,14 @@ def draft_seconds(engine: Engine, draft_vocab: int | None, budget_s: float) -> l
                 base.clear()
                 base.decode(np.zeros(1, np.int32), 0, 0)
                 since = perf_counter()
-                drafter.draft(state)
+                drafter.draft(state, [0], [chains[depth]])
                 times[depth].append(perf_counter() - since)
     return np.interp(np.arange(1, k + 1), list(times), [median(t) for t in times.values()]).tolist()
 
 
-def guess_rates(engine: Engine, drafter: Drafter, requests: Sequence[Request], tokens: int) -> tuple[Float64Array, int]:
+def guess_rates(
+    engine: Engine, drafter: HeadsDrafter, requests: Sequence[Request], tokens: int
+) -> tuple[Float64Array, int]:
     """Write texts without drafts and count which guess of each head was right where the best ones before it were.
 
     Returns ((K, R) rates, the positions counted); the rates of the training count for PRIOR positions.
@@ -210,13 +213,13 @@ def guess_rates(engine: Engine, drafter: Drafter, requests: Sequence[Request], t
         for request in requests:
             text = plain.start(replace(request, max_tokens=each, stop=()))
             text.run()
-            states, wanted = states_and_followers(base, text.slot.tokens, text.slot.prompt_length, engine.n_heads)
+            states, behind = states_and_followers(base, text.slot.tokens, text.slot.prompt_length, engine.n_heads)
             if not len(states):
                 continue
-            guesses, _ = drafter.draft(states)
+            guesses, _ = drafter.rank(states, behind[:, :-1])
             alive = np.ones(len(guesses), np.bool_)
             for k in range(engine.n_heads):
-                right = guesses[:, k] == wanted[:, k, None]  # (n, R)
+                right = guesses[:, k] == behind[:, k + 1, None]  # (n, R)
                 hits[k] += right[alive].sum(0)
                 tries[k] += alive.sum()
                 alive &= right[:, 0]
@@ -230,7 +233,7 @@ def guess_rates(engine: Engine, drafter: Drafter, requests: Sequence[Request], t
 def states_and_followers(
     base: LlamaBase, tokens: list[int], prompt: int, k: int
 ) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Return the states (n, D) that decided the new tokens of a text, and the k tokens behind each of those (n, k)."""
+    """Return the states (n, D) that decided the new tokens of a text; those, each with the k behind it (n, k + 1)."""
     ids, states = np.array(tokens, np.int32), list[npt.NDArray[np.float32]]()
     base.clear()
     base.want_states(True)
@@ -238,7 +241,7 @@ def states_and_followers(
         base.decode(ids[at : at + base.n_batch], at, 0, outputs=True)
         states.append(base.hidden(len(ids[at : at + base.n_batch])).copy())
     decided = np.arange(prompt - 1, len(ids) - 1 - k)
-    return np.concatenate(states)[decided], ids[decided[:, None] + 2 + np.arange(k)]
+    return np.concatenate(states)[decided], ids[decided[:, None] + 1 + np.arange(k + 1)]
 
 
 def live_decoder(
@@ -262,11 +265,14 @@ def live_plan(
     depth, nodes = max(t.max_depth for t in near), max(len(t) for t in near) - 1
     accuracies = np.array(tuning.accuracies)[:depth]
     paths = grow(accuracies, nodes, max_leaves=max(1, lanes - (branch > 0)))
+    draft_s = tuning.draft_s[:depth]
+    if engine.heads.config.head_type == "medusa":
+        draft_s = draft_s[-1:] * depth  # all heads draft at once, however deep the tree
     plan = LivePlan(
         tuning.curve,
         paths=paths,
         accuracies=accuracies,
-        draft_s=tuning.draft_s[depth - 1],
+        draft_s=draft_s,
         branch=branch,
         max_nodes=engine.options.max_nodes,
     )

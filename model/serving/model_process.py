@@ -254,7 +254,7 @@ def _drafting(engine: Engine, options: ModelOptions) -> tuple[Plan, Drafter | No
         return FixedPlan(), None, False, words
     if options.tree:
         tree = engine.check_tree(Tree.parse(options.tree)) if heads else Tree([])
-        drafter = engine.drafter(tree, options.draft_vocab) if len(tree) > 1 else None
+        drafter: Drafter | None = engine.drafter(tree, options.draft_vocab) if len(tree) > 1 else None
         return FixedPlan(tree, min(branch, nodes - len(tree))), drafter, ngrams, f"{words}, a tree of {len(tree)} nodes"
     requests = [Request(engine.model.tokenize(text).tolist()[: engine.context // 2], TRIAL_TOKENS)
                 for text in options.trial_prompts or ("def ",)]  # fmt: skip

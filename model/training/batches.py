@@ -1,7 +1,7 @@
 """Samples and their states in, batches of training positions out.
 
-A head looks at one state only, so a batch is a row of positions, whichever samples they come from: packed to
-the brim, without padding; positions that no head learns from (a prompt's) are left out.
+A head looks at one state only (and at the tokens behind it), so a batch is a row of positions, whichever samples they
+come from: packed to the brim, without padding; positions that no head learns from (a prompt's) are left out.
 """
 
 from __future__ import annotations
@@ -20,17 +20,41 @@ from model.training.text import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """states: (N, D), in the type they are stored in; targets: (N, K) int64, -1 where there is nothing to learn."""
+    """states: (N, D), in the type they are stored in; tokens: (N, K) int64, the text behind each, the next token first;
+    targets: (N, K) int64, what the heads should draft, one place further; -1 where there is nothing to learn.
+    """
 
     states: Tensor
+    tokens: Tensor
     targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        return Batch(self.states[rows], self.tokens[rows], self.targets[rows])
+
+    @classmethod
+    def join(cls, parts: Sequence[Batch]) -> Batch:
+        """Put batches behind each other."""
+        columns = ([p.states for p in parts], [p.tokens for p in parts], [p.targets for p in parts])
+        return cls(*(torch.cat(column) for column in columns))
 
 
 def head_targets(sample: Sample, k_heads: int) -> npt.NDArray[np.int64]:
     """Return the targets (T, K) of one sample: head i (from 1) at position t drafts the token at t+1+i."""
     wanted = np.where(sample.mask, sample.tokens, -1).astype(np.int64)
-    padded = np.concatenate([wanted[2:], np.full(k_heads + 1, -1)])
-    return np.lib.stride_tricks.sliding_window_view(padded, k_heads)[: len(wanted)]
+    return _windows(wanted[2:], k_heads, -1)[: len(wanted)]
+
+
+def following_tokens(sample: Sample, k_heads: int) -> npt.NDArray[np.int64]:
+    """Return the tokens (T, K) behind each position of one sample; 0 beyond its end."""
+    return _windows(sample.tokens[1:].astype(np.int64), k_heads, 0)[: len(sample.tokens)]
+
+
+def _windows(row: npt.NDArray[np.int64], width: int, beyond: int) -> npt.NDArray[np.int64]:
+    padded = np.concatenate([row, np.full(width + 1, beyond)])
+    return np.lib.stride_tricks.sliding_window_view(padded, width)
 
 
 class Batches:
@@ -55,25 +79,23 @@ class Batches:
         ends = np.cumsum(self._counts[order])
         first = int(np.searchsorted(ends, since * self._size, side="right"))
         skip = since * self._size - (int(ends[first - 1]) if first else 0)
-        states: list[Tensor] = []
-        targets: list[Tensor] = []
+        parts: list[Batch] = []
         held = -skip
-        for rows, wanted in self._rows(order.tolist(), first):
-            states.append(rows)
-            targets.append(wanted)
+        for rows in self._rows(order.tolist(), first):
+            parts.append(rows)
             held += len(rows)
             if held >= self._size:
-                whole, goals = torch.cat(states)[skip:], torch.cat(targets)[skip:]
+                whole = Batch.join(parts)[skip:]
                 skip = 0
                 full = len(whole) - len(whole) % self._size
                 for at in range(0, full, self._size):
-                    yield Batch(whole[at : at + self._size], goals[at : at + self._size])
-                states, targets, held = [whole[full:]], [goals[full:]], len(whole) - full
+                    yield whole[at : at + self._size]
+                parts, held = [whole[full:]], len(whole) - full
         if held > 0:
-            yield Batch(torch.cat(states)[skip:], torch.cat(targets)[skip:])
+            yield Batch.join(parts)[skip:]
 
-    def _rows(self, order: list[int], first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each sample's states and targets at the positions that teach something."""
+    def _rows(self, order: list[int], first: int) -> Iterator[Batch]:
+        """Yield each sample's positions that teach something."""
         dim = 0
         missing = 0  # positions without states before the first states: their width is not known yet
         for i, states in zip(order[first:], self._states.read(order, first), strict=True):
@@ -86,10 +108,12 @@ class Batches:
             if missing:
                 yield self._nothing(missing, dim, states.dtype)
                 missing = 0
-            yield states[torch.from_numpy(at)], torch.from_numpy(targets[at])
+            tokens = following_tokens(self._states.samples[i], self._k_heads)
+            yield Batch(states[torch.from_numpy(at)], torch.from_numpy(tokens[at]), torch.from_numpy(targets[at]))
         if missing and dim:
             yield self._nothing(missing, dim, torch.float16)
 
-    def _nothing(self, n: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _nothing(self, n: int, dim: int, dtype: torch.dtype) -> Batch:
         """Return rows that keep the place of a sample whose states cannot be used."""
-        return torch.zeros((n, dim), dtype=dtype), torch.full((n, self._k_heads), -1)
+        tokens = torch.zeros((n, self._k_heads), dtype=torch.int64)
+        return Batch(torch.zeros((n, dim), dtype=dtype), tokens, torch.full_like(tokens, -1))

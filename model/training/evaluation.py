@@ -80,8 +80,9 @@ def evaluate(heads: MedusaHeads, batches: Iterable[Batch]) -> Evaluation:
     chunk = max(1, LOGIT_BYTES // (4 * config.vocab * config.k_heads))
     positions = 0
     for batch in batches:
-        for states, targets in zip(batch.states.split(chunk), batch.targets.split(chunk), strict=True):
-            sums.add(heads.logits(states.to(device, torch.float32)), targets.to(device))
+        parts = (batch.states.split(chunk), batch.tokens.split(chunk), batch.targets.split(chunk))
+        for states, tokens, targets in zip(*parts, strict=True):
+            sums.add(heads.logits(states.to(device, torch.float32), tokens.to(device)), targets.to(device))
             positions += len(targets)
     counts = sums.counts.clamp(min=1)
     losses = sums.losses / counts

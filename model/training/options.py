@@ -20,6 +20,7 @@ class TrainOptions:
     """All options of `train_medusa.py`; its `--help` is made of this table."""
 
     base_model_path: str = _option("", "The GGUF file of the base model.")
+    head_type: Literal["medusa", "hydra"] = _option("medusa", "hydra: heads read drafted tokens too.")
     k_heads: int = _option(5, "Number of heads; head i drafts i+1 tokens ahead.", 1)
     head_layers: int = _option(1, "Residual blocks per head.", 1)
     hidden_dim: int = _option(0, "Width inside a block; 0: the model's own. Smaller makes a bottleneck.", 0)
@@ -77,6 +78,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def changed_options(old: dict[str, Any], new: TrainOptions) -> list[str]:
-    """Name the options that decide about a run's result and differ from those it was begun with."""
-    now = {item.name: getattr(new, item.name) for item in fields(new)}
-    return [name for name, value in now.items() if name not in FREE_TO_CHANGE and old.get(name, value) != value]
+    """Name the options that decide about a run's result and differ from those it was begun with, with both values."""
+    pairs = {item.name: (old.get(item.name, item.default), getattr(new, item.name)) for item in fields(new)}
+    return [f"{name} ({a}, now {b})" for name, (a, b) in pairs.items() if name not in FREE_TO_CHANGE and a != b]

@@ -49,10 +49,10 @@ class TrainResult:
     seconds: float
 
 
-def heads_loss(heads: MedusaHeads, states: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum over heads of 0.8^k · mean cross-entropy; states (N, D), targets (N, K), -1: masked."""
+def heads_loss(heads: MedusaHeads, states: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum over heads of 0.8^k · mean cross-entropy; see Batch for what comes in."""
     config = heads.config
-    hidden = heads.hidden(states)  # (K,N,D)
+    hidden = heads.hidden(states, tokens)  # (K,N,D)
     wanted = targets.T.contiguous()  # (K,N)
     valid = wanted >= 0
     weights = head_weights(config.k_heads).to(states.device)[:, None] * valid / valid.sum(1, keepdim=True).clamp(min=1)
@@ -156,9 +156,9 @@ class Trainer:
             setting["lr"] = rate
         total = 0.0
         for batch in group:
-            states = batch.states.to(self.device).float()
+            states, tokens = batch.states.to(self.device).float(), batch.tokens.to(self.device)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = heads_loss(self.heads, states, batch.targets.to(self.device)) / len(group)
+                loss = heads_loss(self.heads, states, tokens, batch.targets.to(self.device)) / len(group)
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):

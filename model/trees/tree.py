@@ -87,11 +87,15 @@ class Tree:
         """The depth of each leaf."""
         return [self.depth_list[leaf] for leaf in self.leaves.tolist()]
 
-    def flat_guesses(self, ranks: int) -> list[int]:
-        """Return where the nodes 1 … N-1 stand in a flattened (K, ranks) table of guesses."""
+    def fill(self, guesses: Int32Array) -> list[int]:
+        """Return the tokens of the nodes 1 … N-1 from a table (K, R) of guesses, the same for all nodes of a depth.
+
+        A list: between two decodes all caches are cold, and numpy's small operations cost 5 to 15 µs each.
+        """
+        ranks, flat = guesses.shape[1], guesses.ravel().tolist()
         if ranks not in self._flat:
             self._flat[ranks] = ((self.depths[1:] - 1) * ranks + self.ranks[1:]).tolist()
-        return self._flat[ranks]
+        return [flat[at] for at in self._flat[ranks]]
 
     def child_with(self, node: int, token: int, tokens: list[int]) -> int:
         """Return the child of a node that holds a token, given all nodes' tokens (N,); 0: there is none."""
