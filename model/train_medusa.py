@@ -116,7 +116,10 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
             "base model (SHA-256)": file.file_fingerprint(),
             "KV_TYPE": settings.kv_type,
         }
-        trainer = Trainer(heads, batches, validation, options, output_dir, facts=facts, identity=identity)
+        teacher = base_lm_head(heads, file) if options.loss == "kd" else None
+        trainer = Trainer(
+            heads, batches, validation, options, output_dir, facts=facts, identity=identity, teacher=teacher
+        )
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
 
@@ -141,6 +144,12 @@ def new_heads(options: TrainOptions, file: GGUFFile) -> MedusaHeads:
         options.k_heads, file.n_embd, file.n_vocab, options.head_layers, options.hidden_dim, options.lm_head
     )
     return MedusaHeads(shape, torch.from_numpy(file.output_weight()), file.logit_scale, file.soft_cap)
+
+
+def base_lm_head(heads: MedusaHeads, file: GGUFFile) -> torch.Tensor:
+    """Return the base model's LM head, where the heads are."""
+    tied = heads.config.lm_head == "tied"
+    return heads.lm_head if tied else torch.from_numpy(file.output_weight()).to(heads.weight.device)
 
 
 def kept_states(
@@ -278,12 +287,13 @@ def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
     hints = get_type_hints(TrainOptions)
     for item in reversed(fields(TrainOptions)):
         kind, least, below = hints[item.name], item.metadata["least"], item.metadata["below"]
+        most = item.metadata["most"] if below is None else below
         if get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
         elif kind is int and least is not None:
             kind = click.IntRange(min=int(least))
         elif least is not None:
-            kind = click.FloatRange(min=least, max=below, max_open=below is not None)
+            kind = click.FloatRange(min=least, max=most, max_open=below is not None)
         decorate = click.option(
             f"--{item.name}", type=kind, default=item.default, show_default=item.default != "",
             help=item.metadata["help"], is_eager=item.name == "resume_from",

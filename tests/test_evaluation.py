@@ -55,12 +55,15 @@ def test_batches_hold_each_position_once_with_its_targets() -> None:
     assert sum(len(b.states) for b in found) == batches.n_positions
     seen = set()
     for batch in found:
-        for (i, t), wanted in zip(batch.states.long().tolist(), batch.targets.tolist(), strict=True):
+        rows = zip(batch.states.long().tolist(), batch.targets.tolist(), strict=True)
+        for n, ((i, t), wanted) in enumerate(rows):
             seen.add((i, t))
             for k, token in enumerate(wanted):
                 place = t + 2 + k
                 valid = place < len(samples[i].tokens) and samples[i].mask[place]
                 assert token == (samples[i].tokens[place] if valid else -1)
+                if valid:  # the state that decides it
+                    assert batch.around[batch.places[n] + 1 + k].tolist() == [i, place - 1]
             assert max(wanted) >= 0
     assert len(seen) == batches.n_positions
     assert {i for i, _ in seen} <= set(range(5, 30))
@@ -78,6 +81,7 @@ def test_an_epoch_can_be_entered_anywhere(since: int) -> None:
     for a, b in zip(whole[since:], late, strict=True):
         assert torch.equal(a.states, b.states)
         assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.around, b.around) and torch.equal(a.places, b.places)
     assert not torch.equal(next(batches.epoch([0, 2])).states, whole[0].states), "each epoch has an order of its own"
 
 
@@ -99,7 +103,8 @@ def test_figures_against_a_count_by_hand() -> None:
     with torch.no_grad():
         guesses = heads.logits(states).argmax(-1).T
     targets = torch.where(torch.rand(300, 3) < 0.5, guesses, targets)  # enough hits for the later heads
-    found = evaluate(heads, [Batch(states[:131], targets[:131]), Batch(states[131:], targets[131:])])
+    parts = zip(states.split(131), targets.split(131), strict=True)
+    found = evaluate(heads, [Batch(rows, torch.arange(len(rows)), wanted) for rows, wanted in parts])
     with torch.no_grad():
         logits = heads.logits(states)
     hits = np.zeros((3, RANKS))

@@ -25,7 +25,7 @@ from model.training.checkpoints import read_run
 from model.training.evaluation import evaluate
 from model.training.options import TrainOptions
 from model.training.text import Sample
-from model.training.trainer import Trainer, heads_loss, learning_rate
+from model.training.trainer import Lesson, Trainer, heads_loss, learning_rate
 
 DIM, VOCAB = 16, 30
 OPTIONS = TrainOptions(k_heads=2, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=2, weight_decay=0.01)
@@ -65,7 +65,9 @@ def build(folder: Path, options: TrainOptions = OPTIONS, states: Counting | None
         "heads_fingerprint": "h", "base_fingerprint": "b", "base_name": "n", "base_file_type": "F32",
         "token_counts": np.ones(VOCAB, np.int64), "training": {},
     }  # fmt: skip
-    return Trainer(heads, train, check, options, folder, facts=facts, identity={"text": "1"})
+    return Trainer(
+        heads, train, check, options, folder, facts=facts, identity={"text": "1"}, teacher=torch.randn(VOCAB, DIM)
+    )
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -113,6 +115,34 @@ def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
     assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("lm_head", ["tied", "own"])
+def test_the_base_model_teaches_head_k_by_the_state_k_places_on(lm_head: Any) -> None:
+    torch.manual_seed(0)
+    base = torch.randn(VOCAB, DIM)
+    heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head=lm_head), base, 0.5, 10.0)
+    with torch.no_grad():
+        heads.weight.normal_(std=0.3)
+        if lm_head == "own":
+            heads.lm_head.normal_()  # the teacher's stays as it is
+    (batch,) = Batches(Counting(4), range(4), 3, 1000).epoch()
+    around = batch.around.float()
+    lesson = Lesson(base, around, batch.places, 1.5, 0.7)
+    found = heads_loss(heads, around[batch.places], batch.targets, lesson)
+    logits, capped = heads.logits(around[batch.places]), 10 * torch.tanh(0.5 * around @ base.T / 10)
+    wanted = torch.zeros(())
+    for k in range(3):
+        valid = batch.targets[:, k] >= 0
+        student, teacher = logits[k, valid], capped[batch.places[valid] + 1 + k]
+        kl = F.kl_div(
+            (student / 1.5).log_softmax(1), (teacher / 1.5).log_softmax(1), log_target=True, reduction="batchmean"
+        )
+        hard = F.cross_entropy(student, batch.targets[valid, k])
+        wanted = wanted + 0.8**k * (0.7 * 1.5**2 * kl + 0.3 * hard)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    (a,), (b,) = torch.autograd.grad(found, heads.weight), torch.autograd.grad(wanted, heads.weight)
+    assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_own_lm_heads_share_one_gradient() -> None:
     """Indexing (K,V,D) K times would make K gradients of that size."""
     heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head="own"), torch.randn(VOCAB, DIM))
@@ -143,16 +173,19 @@ def test_everything_is_written(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 11])
-def test_stopped_and_resumed_is_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    whole = build(tmp_path / "whole").fit()
+@pytest.mark.parametrize(("step", "loss"), [(1, "ce"), (5, "ce"), (8, "ce"), (11, "ce"), (1, "kd"), (11, "kd")])
+def test_stopped_and_resumed_is_equal_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, loss: Any
+) -> None:
+    options = replace(OPTIONS, loss=loss, kd_weight=0.5)
+    whole = build(tmp_path / "whole", options).fit()
     assert whole.steps == 16
     with monkeypatch.context() as patch:
         stop_at(step, patch)
-        stopped = build(tmp_path / "parts").fit()
+        stopped = build(tmp_path / "parts", options).fit()
     assert stopped.interrupted
     assert stopped.steps == step
-    again = build(tmp_path / "parts")
+    again = build(tmp_path / "parts", options)
     with torch.no_grad():
         again.heads.weight.normal_()  # nothing of a fresh start may survive
     again.resume(tmp_path / "parts")

@@ -20,10 +20,20 @@ from model.training.text import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """states: (N, D), in the type they are stored in; targets: (N, K) int64, -1 where there is nothing to learn."""
+    """states: (N, D), in the type they are stored in; targets: (N, K) int64, -1 where there is nothing to learn.
 
-    states: Tensor
+    around: (P, D), the same states and those of the positions behind them that decide the targets; places: (N,) int64,
+    where states stand in them. What decides targets[n, k] is around[places[n] + 1 + k].
+    """
+
+    around: Tensor
+    places: Tensor
     targets: Tensor
+
+    @property
+    def states(self) -> Tensor:
+        """Return the states that heads read."""
+        return self.around[self.places]
 
 
 def head_targets(sample: Sample, k_heads: int) -> npt.NDArray[np.int64]:
@@ -55,25 +65,31 @@ class Batches:
         ends = np.cumsum(self._counts[order])
         first = int(np.searchsorted(ends, since * self._size, side="right"))
         skip = since * self._size - (int(ends[first - 1]) if first else 0)
-        states: list[Tensor] = []
-        targets: list[Tensor] = []
-        held = -skip
-        for rows, wanted in self._rows(order.tolist(), first):
-            states.append(rows)
-            targets.append(wanted)
-            held += len(rows)
-            if held >= self._size:
-                whole, goals = torch.cat(states)[skip:], torch.cat(targets)[skip:]
-                skip = 0
-                full = len(whole) - len(whole) % self._size
-                for at in range(0, full, self._size):
-                    yield Batch(whole[at : at + self._size], goals[at : at + self._size])
-                states, targets, held = [whole[full:]], [goals[full:]], len(whole) - full
-        if held > 0:
-            yield Batch(torch.cat(states)[skip:], torch.cat(targets)[skip:])
+        held: list[Batch] = []
+        n_held = -skip
+        for rows in self._rows(order.tolist(), first):
+            held.append(rows)
+            n_held += len(rows.targets)
+            if n_held >= self._size:
+                whole, behind = _joined(held), skip + n_held
+                for at in range(skip, behind - self._size + 1, self._size):
+                    yield self._part(whole, at, at + self._size)
+                n_held %= self._size
+                skip, held = 0, [self._part(whole, behind - n_held, behind)]
+        if n_held > 0:
+            whole = _joined(held)
+            yield self._part(whole, skip, len(whole.targets))
 
-    def _rows(self, order: list[int], first: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each sample's states and targets at the positions that teach something."""
+    def _part(self, batch: Batch, start: int, end: int) -> Batch:
+        """Return the rows from start to end, with no more around them than they need."""
+        places = batch.places[start:end]
+        if not len(places):
+            return Batch(batch.around[:0], places, batch.targets[start:end])
+        first, last = int(places[0]), int(places[-1])
+        return Batch(batch.around[first : last + self._k_heads + 1], places - first, batch.targets[start:end])
+
+    def _rows(self, order: list[int], first: int) -> Iterator[Batch]:
+        """Yield each sample's positions that teach something."""
         dim = 0
         missing = 0  # positions without states before the first states: their width is not known yet
         for i, states in zip(order[first:], self._states.read(order, first), strict=True):
@@ -86,10 +102,24 @@ class Batches:
             if missing:
                 yield self._nothing(missing, dim, states.dtype)
                 missing = 0
-            yield states[torch.from_numpy(at)], torch.from_numpy(targets[at])
+            needed = np.zeros(len(targets) + self._k_heads, np.bool_)
+            for ahead in range(self._k_heads + 1):
+                needed[at + ahead] = True
+            needed = needed[: len(targets)]
+            places = np.cumsum(needed)[at] - 1
+            around = states[torch.from_numpy(np.flatnonzero(needed))]
+            yield Batch(around, torch.from_numpy(places), torch.from_numpy(targets[at]))
         if missing and dim:
             yield self._nothing(missing, dim, torch.float16)
 
-    def _nothing(self, n: int, dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def _nothing(self, n: int, dim: int, dtype: torch.dtype) -> Batch:
         """Return rows that keep the place of a sample whose states cannot be used."""
-        return torch.zeros((n, dim), dtype=dtype), torch.full((n, self._k_heads), -1)
+        return Batch(torch.zeros((n, dim), dtype=dtype), torch.arange(n), torch.full((n, self._k_heads), -1))
+
+
+def _joined(parts: list[Batch]) -> Batch:
+    """Return one batch of several."""
+    starts = np.cumsum([0, *(len(part.around) for part in parts[:-1])])
+    places = [part.places + int(start) for part, start in zip(parts, starts, strict=True)]
+    around, targets = torch.cat([part.around for part in parts]), torch.cat([part.targets for part in parts])
+    return Batch(around, torch.cat(places), targets)

@@ -11,8 +11,10 @@ import yaml
 from model.errors import UsageError
 
 
-def _option(default: Any, meaning: str, least: float | None = None, below: float | None = None) -> Any:
-    return field(default=default, metadata={"help": meaning, "least": least, "below": below})
+def _option(
+    default: Any, meaning: str, least: float | None = None, below: float | None = None, most: float | None = None
+) -> Any:
+    return field(default=default, metadata={"help": meaning, "least": least, "below": below, "most": most})
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,11 @@ class TrainOptions:
     lm_head: Literal["tied", "own"] = _option(
         "tied", "tied: the model's LM head, frozen; own: a trained copy per head."
     )
+    loss: Literal["ce", "kd"] = _option(
+        "ce", "ce: learn the text's tokens; kd: the base model's distribution over the next token."
+    )
+    kd_temperature: float = _option(1.0, "Distributions are softened by it (--loss kd).", 0.01)
+    kd_weight: float = _option(1.0, "Weight of the base model's distribution against the text's tokens (--loss kd).", 0, most=1)
     dataset_name: str = _option("", "Hugging Face data set, .txt, .jsonl, .json, .parquet or folder; none: the demo's.")
     dataset_split: str = _option("train", "Split of a Hugging Face data set, such as train[:10%].")
     max_length: int = _option(0, "Tokens per sequence; 0: 1,024, or the model's context where that is shorter.", 0)

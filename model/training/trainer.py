@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from model.errors import DataError
 from model.heads.files import save_heads, whole_folder, write_heads
-from model.heads.losses import linear_cross_entropy
+from model.heads.losses import linear_cross_entropy, linear_distillation
 from model.heads.medusa import MedusaHeads
 from model.training.batches import Batch, Batches
 from model.training.checkpoints import Progress, load_run, save_run
@@ -49,8 +49,25 @@ class TrainResult:
     seconds: float
 
 
-def heads_loss(heads: MedusaHeads, states: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum over heads of 0.8^k · mean cross-entropy; states (N, D), targets (N, K), -1: masked."""
+@dataclass(frozen=True)
+class Lesson:
+    """What the base model says of a batch: its LM head (V, D), and the states that decide each target (see Batch).
+
+    Temperature and weight against the cross-entropy are `linear_distillation`'s.
+    """
+
+    lm_head: Tensor
+    around: Tensor
+    places: Tensor
+    temperature: float
+    kd_weight: float
+
+
+def heads_loss(heads: MedusaHeads, states: Tensor, targets: Tensor, lesson: Lesson | None = None) -> Tensor:
+    """Return the sum over heads of 0.8^k · mean loss; states (N, D), targets (N, K), -1: masked.
+
+    The loss is the cross-entropy with the targets, or distillation where there is a lesson.
+    """
     config = heads.config
     hidden = heads.hidden(states)  # (K,N,D)
     wanted = targets.T.contiguous()  # (K,N)
@@ -58,6 +75,12 @@ def heads_loss(heads: MedusaHeads, states: Tensor, targets: Tensor) -> Tensor:
     weights = head_weights(config.k_heads).to(states.device)[:, None] * valid / valid.sum(1, keepdim=True).clamp(min=1)
     wanted = wanted.clamp(min=0)
     scale: dict[str, Any] = {"logit_scale": heads.logit_scale, "soft_cap": heads.soft_cap}
+    if lesson:
+        taught_by = lesson.places + 1 + torch.arange(config.k_heads, device=states.device)[:, None]  # (K,N)
+        return linear_distillation(
+            hidden, heads.lm_head, lesson.around, lesson.lm_head, taught_by, wanted, weights,
+            temperature=lesson.temperature, kd_weight=lesson.kd_weight, **scale,
+        )  # fmt: skip
     if config.lm_head == "tied":  # one product for all heads
         flat = hidden.reshape(-1, config.dim)
         return linear_cross_entropy(flat, heads.lm_head, wanted.reshape(-1), weights.reshape(-1), **scale)
@@ -84,13 +107,15 @@ def use_bf16(device: torch.device) -> bool:
 class Trainer:
     """One run: heads, optimiser, progress, and the folder that it writes to.
 
-    facts: what `save_heads` keeps with the heads; identity: what must be equal to go on with a run later.
+    facts: what `save_heads` keeps with the heads; identity: what must be equal to go on with a run later;
+    teacher: the base model's LM head (V, D) for `--loss kd`.
     """
 
     def __init__(
         self, heads: MedusaHeads, train: Batches, validation: Batches, options: TrainOptions, output_dir: Path,
-        *, facts: dict[str, Any], identity: dict[str, str],
+        *, facts: dict[str, Any], identity: dict[str, str], teacher: Tensor | None = None,
     ) -> None:  # fmt: skip
+        self.teacher = teacher
         self.heads, self.options, self.output_dir = heads, options, output_dir
         self.facts, self.identity = facts, identity
         self.train, self.validation = train, validation
@@ -140,7 +165,7 @@ class Trainer:
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 if at.step % LOG_EVERY == 0 or at.step_in_epoch in (1, self.steps_per_epoch):
-                    speed = sum(len(batch.states) for batch in group) / (time.monotonic() - began)
+                    speed = sum(len(batch.places) for batch in group) / (time.monotonic() - began)
                     figures = {"epoch": at.epoch + 1, "loss": loss, "learning_rate": rate, "positions_per_s": speed}
                     record.add("train", at.step, figures)
                 if time.monotonic() - saved > SAVE_EVERY_S:
@@ -156,9 +181,10 @@ class Trainer:
             setting["lr"] = rate
         total = 0.0
         for batch in group:
-            states = batch.states.to(self.device).float()
+            around, places = batch.around.to(self.device).float(), batch.places.to(self.device)
+            lesson = self._lesson(around, places)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = heads_loss(self.heads, states, batch.targets.to(self.device)) / len(group)
+                loss = heads_loss(self.heads, around[places], batch.targets.to(self.device), lesson) / len(group)
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
@@ -168,6 +194,12 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return rate, total
+
+    def _lesson(self, around: Tensor, places: Tensor) -> Lesson | None:
+        if self.options.loss == "ce":
+            return None
+        assert self.teacher is not None
+        return Lesson(self.teacher, around, places, self.options.kd_temperature, self.options.kd_weight)
 
     def _finish_epoch(self, record: Record) -> Evaluation:
         """Validate, tell, and save what the epoch brought."""
