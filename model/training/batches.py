@@ -35,6 +35,22 @@ class Batch:
         """Return the states that heads read."""
         return self.around[self.places]
 
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, rows: slice) -> Batch:
+        """Return some rows, neighbours all, with no more around them than they need."""
+        places, targets = self.places[rows], self.targets[rows]
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1 - targets.shape[1])
+        return Batch(self.around[first : last + targets.shape[1] + 1], places - first, targets)
+
+    @classmethod
+    def join(cls, parts: Sequence[Batch]) -> Batch:
+        """Put batches behind each other."""
+        starts = np.cumsum([0, *(len(p.around) for p in parts)]).tolist()
+        places = [p.places + start for p, start in zip(parts, starts, strict=False)]
+        return cls(torch.cat([p.around for p in parts]), torch.cat(places), torch.cat([p.targets for p in parts]))
+
 
 def head_targets(sample: Sample, k_heads: int) -> npt.NDArray[np.int64]:
     """Return the targets (T, K) of one sample: head i (from 1) at position t drafts the token at t+1+i."""
@@ -65,28 +81,20 @@ class Batches:
         ends = np.cumsum(self._counts[order])
         first = int(np.searchsorted(ends, since * self._size, side="right"))
         skip = since * self._size - (int(ends[first - 1]) if first else 0)
-        held: list[Batch] = []
-        n_held = -skip
+        parts: list[Batch] = []
+        held = -skip
         for rows in self._rows(order.tolist(), first):
-            held.append(rows)
-            n_held += len(rows.targets)
-            if n_held >= self._size:
-                whole, behind = _joined(held), skip + n_held
-                for at in range(skip, behind - self._size + 1, self._size):
-                    yield self._part(whole, at, at + self._size)
-                n_held %= self._size
-                skip, held = 0, [self._part(whole, behind - n_held, behind)]
-        if n_held > 0:
-            whole = _joined(held)
-            yield self._part(whole, skip, len(whole.targets))
-
-    def _part(self, batch: Batch, start: int, end: int) -> Batch:
-        """Return the rows from start to end, with no more around them than they need."""
-        places = batch.places[start:end]
-        if not len(places):
-            return Batch(batch.around[:0], places, batch.targets[start:end])
-        first, last = int(places[0]), int(places[-1])
-        return Batch(batch.around[first : last + self._k_heads + 1], places - first, batch.targets[start:end])
+            parts.append(rows)
+            held += len(rows)
+            if held >= self._size:
+                whole = Batch.join(parts)[skip:]
+                skip = 0
+                full = len(whole) - len(whole) % self._size
+                for at in range(0, full, self._size):
+                    yield whole[at : at + self._size]
+                parts, held = [whole[full:]], len(whole) - full
+        if held > 0:
+            yield Batch.join(parts)[skip:]
 
     def _rows(self, order: list[int], first: int) -> Iterator[Batch]:
         """Yield each sample's positions that teach something."""
@@ -102,12 +110,9 @@ class Batches:
             if missing:
                 yield self._nothing(missing, dim, states.dtype)
                 missing = 0
-            needed = np.zeros(len(targets) + self._k_heads, np.bool_)
-            for ahead in range(self._k_heads + 1):
-                needed[at + ahead] = True
-            needed = needed[: len(targets)]
-            places = np.cumsum(needed)[at] - 1
-            around = states[torch.from_numpy(np.flatnonzero(needed))]
+            needed = np.unique(np.minimum(at[:, None] + np.arange(self._k_heads + 1), len(targets) - 1))
+            places = np.searchsorted(needed, at)
+            around = states[torch.from_numpy(needed)]
             yield Batch(around, torch.from_numpy(places), torch.from_numpy(targets[at]))
         if missing and dim:
             yield self._nothing(missing, dim, torch.float16)
@@ -115,11 +120,3 @@ class Batches:
     def _nothing(self, n: int, dim: int, dtype: torch.dtype) -> Batch:
         """Return rows that keep the place of a sample whose states cannot be used."""
         return Batch(torch.zeros((n, dim), dtype=dtype), torch.arange(n), torch.full((n, self._k_heads), -1))
-
-
-def _joined(parts: list[Batch]) -> Batch:
-    """Return one batch of several."""
-    starts = np.cumsum([0, *(len(part.around) for part in parts[:-1])])
-    places = [part.places + int(start) for part, start in zip(parts, starts, strict=True)]
-    around, targets = torch.cat([part.around for part in parts]), torch.cat([part.targets for part in parts])
-    return Batch(around, torch.cat(places), targets)
