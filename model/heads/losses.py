@@ -48,20 +48,10 @@ def linear_cross_entropy(
 
 
 def linear_distillation(
-    hidden: Tensor,
-    weight: Tensor,
-    teachers: Tensor,
-    teacher_weight: Tensor,
-    taught_by: Tensor,
-    targets: Tensor,
-    sample_weight: Tensor,
-    *,
-    temperature: float = 1.0,
-    kd_weight: float = 1.0,
-    chunk: int = 0,
-    logit_scale: float = 1.0,
-    soft_cap: float = 0.0,
-) -> Tensor:
+    hidden: Tensor, weight: Tensor, teachers: Tensor, teacher_weight: Tensor, taught_by: Tensor, targets: Tensor,
+    sample_weight: Tensor, *, temperature: float = 1.0, kd_weight: float = 1.0, chunk: int = 0,
+    logit_scale: float = 1.0, soft_cap: float = 0.0,
+) -> Tensor:  # fmt: skip
     """Return sum of sample_weight · (kd_weight · T² · KL(teacher ‖ student) + (1 - kd_weight) · cross-entropy).
 
     After Hinton et al. 2015, arXiv 1503.02531: KL is between softmax(logits / T), T the temperature; logits are
@@ -139,21 +129,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 class _LinearDistillation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        teachers: Tensor,
-        teacher_weight: Tensor,
-        pupils: Tensor,
-        targets: Tensor,
-        sample_weight: Tensor,
-        temperature: float,
-        kd_weight: float,
-        chunk: int,
-        logit_scale: float,
-        soft_cap: float,
-        with_grad: bool,
-    ) -> Tensor:
+        ctx: Any, hidden: Tensor, weight: Tensor, teachers: Tensor, teacher_weight: Tensor, pupils: Tensor,
+        targets: Tensor, sample_weight: Tensor, temperature: float, kd_weight: float, chunk: int, logit_scale: float,
+        soft_cap: float, with_grad: bool,
+    ) -> Tensor:  # fmt: skip
         sums = torch.promote_types(hidden.dtype, torch.float32)
         for_hidden, for_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
         grad_hidden = torch.zeros_like(hidden) if for_hidden else None
