@@ -23,8 +23,8 @@ LOGIT_BYTES = 256 << 20  # of one chunk
 class Evaluation:
     """Figures of one validation; lists go by head.
 
-    loss: weighted as in training; rank_accuracies: (K, RANKS), how often the wanted token is the r-th best
-    guess, given that the best guesses of all heads before were right; acceptance_length: tokens per step of a
+    loss: cross-entropy, weighted as in training; rank_accuracies: (K, RANKS), how often the wanted token is the r-th
+    best guess, given that the best guesses of all heads before were right; acceptance_length: tokens per step of a
     chain of best guesses, the base model's own included; ranks: (positions, K) int8, which guess was right, RANKS for
     none, -1 where nothing was wanted; tree_length: tokens per step of the tuned tree, which has tree_nodes nodes.
     """
