@@ -164,7 +164,7 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(own: bool) -> None:
 K = 3
 
 
-def lesson(own: bool = False) -> dict[str, Tensor]:
+def lesson(own: bool = False) -> dict[str, Any]:
     """Rows of N neighbouring positions; the last ones and some in between are taught by none."""
     torch.manual_seed(0)
     weight = torch.randn(K, V, D, dtype=torch.float64) if own else torch.randn(V, D, dtype=torch.float64)
@@ -181,7 +181,7 @@ def lesson(own: bool = False) -> dict[str, Tensor]:
     }
 
 
-def materialised(given: dict[str, Tensor], temperature: float, kd_weight: float, scale: float, cap: float) -> Tensor:
+def materialised(given: dict[str, Any], temperature: float, kd_weight: float, scale: float, cap: float) -> Tensor:
     def shaped(logits: Tensor) -> Tensor:
         return cap * torch.tanh(scale * logits / cap) if cap else scale * logits
 
@@ -192,7 +192,8 @@ def materialised(given: dict[str, Tensor], temperature: float, kd_weight: float,
         log_target=True,
     ).sum(-1)  # fmt: skip
     hard = F.cross_entropy(student.flatten(0, 1), given["targets"].flatten(), reduction="none").view(K, N)
-    return (given["sample_weight"] * (kd_weight * temperature**2 * soft + (1 - kd_weight) * hard)).sum()
+    loss: Tensor = (given["sample_weight"] * (kd_weight * temperature**2 * soft + (1 - kd_weight) * hard)).sum()
+    return loss
 
 
 @pytest.mark.parametrize("own", [False, True])
@@ -256,7 +257,7 @@ def test_teachers_are_computed_once_for_all_heads() -> None:
 
 def test_distillation_holds_no_more_than_a_chunk() -> None:
     rows, vocab, chunk = 512, 3000, 32
-    given = {
+    given: dict[str, Any] = {
         "hidden": torch.randn(K, rows, 8, requires_grad=True), "weight": torch.randn(vocab, 8),
         "teachers": torch.randn(rows + K, 8), "taught_by": torch.arange(rows) + 1 + torch.arange(K)[:, None],
         "targets": torch.randint(vocab, (K, rows)), "sample_weight": torch.ones(K, rows),

@@ -68,7 +68,7 @@ class Record:
 
 def _flat(kind: str, figures: dict[str, Any]) -> dict[str, float]:
     """Return one number per name, lists by head."""
-    flat = {}
+    flat: dict[str, float] = {}
     for name, value in figures.items():
         heads = {f"/head{k}": v for k, v in enumerate(value, 1)} if isinstance(value, list) else {"": value}
         flat |= {f"{kind}/{name}{head}": number for head, number in heads.items()}
