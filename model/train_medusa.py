@@ -6,16 +6,15 @@ python model/train_medusa.py --base_model_path X.gguf --dataset_name chats.jsonl
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import shlex
 import sys
 import sysconfig
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
@@ -33,20 +32,21 @@ from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import ModelFileError, UsageError  # noqa: E402
 from model.heads.files import base_facts, new_heads  # noqa: E402
-from model.heads.medusa import HeadsConfig  # noqa: E402
+from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
+from model.measuring.training_curve import training_curve  # noqa: E402
 from model.training.batches import Batches  # noqa: E402
-from model.training.checkpoints import read_run  # noqa: E402
 from model.training.command import run_command  # noqa: E402
 from model.training.documents import read_documents  # noqa: E402
 from model.training.extraction import States, StreamedStates, open_base  # noqa: E402
-from model.training.options import TrainOptions, read_config  # noqa: E402
+from model.training.options import TrainOptions  # noqa: E402
+from model.training.output_folder import choose_output_dir, require_no_run  # noqa: E402
 from model.training.states import CacheKey, cached_states  # noqa: E402
 from model.training.storage import WriterLock, require_writable  # noqa: E402
 from model.training.text import Sample, digest, make_samples, split_samples, token_counts  # noqa: E402
+from model.training.tracking import require_tracker  # noqa: E402
+from model.training.train_command import train_options  # noqa: E402
 from model.training.trainer import Trainer, TrainResult  # noqa: E402
 
-BUNDLED = "tiny-python"  # its heads in medusa_heads_weights/ come with the project and are not overwritten
-DEMO = "demo"  # `main.py demo` trains there, each time anew
 LONGEST = 1024  # tokens per sequence, where nothing is said
 
 
@@ -58,16 +58,21 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
     settings = Settings.load()
     logging.basicConfig(level=settings.log_level, format="%(message)s")
     device = choose_device(options.device)
+    require_tracker(options.report_to)
     with contextlib.ExitStack() as locked, contextlib.ExitStack() as opened:
         # The model: can it be loaded, rolled back, and read with the LM head that the file holds?
         file = check_loads(Path(options.base_model_path))
-        output_dir = choose_output_dir(options, file)
+        output_dir = choose_output_dir(options, file, HEADS_FOLDER)
         require_writable(output_dir)
         if not overwrite:
             require_no_run(output_dir, options.resume_from)
         max_length = choose_length(options.max_length, file.context_length)
         model = opened.enter_context(contextlib.closing(load_model(file, settings)))
         check_lm_head(model, file, settings.n_threads)
+        curve = training_curve(
+            model, file.file_fingerprint(), settings.medusa_max_tokens_per_step, settings.n_threads,
+            flash_attn=settings.flash_attn, kv_type=settings.kv_type,
+        )  # fmt: skip
         click.echo(f"model   {file.name} ({file.file_type}): D={file.n_embd}, V={file.n_vocab}, {file.n_layer} layers")
 
         # The text: documents, tokens, windows; some of them are kept for validation.
@@ -116,7 +121,11 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
             "base model (SHA-256)": file.file_fingerprint(),
             "KV_TYPE": settings.kv_type,
         }
-        trainer = Trainer(heads, batches, validation, options, output_dir, facts=facts, identity=identity)
+        teacher = base_lm_head(heads, file) if options.loss == "kd" else None
+        trainer = Trainer(
+            heads, batches, validation, options, output_dir, facts=facts, identity=identity, teacher=teacher,
+            curve=curve,
+        )  # fmt: skip
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
 
@@ -139,6 +148,12 @@ def shape_of(options: TrainOptions, file: GGUFFile) -> HeadsConfig:
     """Return what decides the shapes of a model's heads."""
     o = options
     return HeadsConfig(o.k_heads, file.n_embd, file.n_vocab, o.head_layers, o.hidden_dim, o.lm_head, o.head_type)
+
+
+def base_lm_head(heads: MedusaHeads, file: GGUFFile) -> torch.Tensor:
+    """Return the base model's LM head, where the heads are."""
+    tied = heads.config.lm_head == "tied"
+    return heads.lm_head if tied else torch.from_numpy(file.output_weight()).to(heads.weight.device)
 
 
 def kept_states(
@@ -167,56 +182,6 @@ def choose_length(asked: int, context_length: int) -> int:
     if 0 < asked < 8:
         raise UsageError(f"--max_length {asked}: too short to learn from; use 8 or more")
     return asked or min(LONGEST, context_length)
-
-
-def choose_output_dir(options: TrainOptions, file: GGUFFile) -> Path:
-    """Return the folder that is named, that of the run that is resumed, or the model's own."""
-    if options.output_dir:
-        return Path(options.output_dir)
-    if options.resume_from:
-        return run_folder(options.resume_from)
-    return default_output_dir(file.path, file.file_fingerprint())
-
-
-def run_folder(resume_from: str) -> Path:
-    """Return the output folder of the run that --resume_from names."""
-    folder = Path(resume_from)
-    return folder.parent if folder.name == "medusa_heads_latest" else folder
-
-
-def default_output_dir(base_model: Path, fingerprint: str) -> Path:
-    """Return the model's own folder below medusa_heads_weights/.
-
-    Never the demo's, nor the one whose heads come with the project. One that belongs to another base model of the same
-    name, or to none, is left alone: the folder's name ends with a piece of the fingerprint then.
-    """
-    bundled = base_model.stem.split(".")[0] == BUNDLED
-    folder = HEADS_FOLDER / (f"{BUNDLED}-retrained" if bundled else base_model.stem)
-    if folder.name != DEMO and all(_base_of(path) == fingerprint for path in _heads_in(folder)):
-        return folder
-    return folder.with_name(f"{folder.name}-{fingerprint[:8]}")
-
-
-def _heads_in(folder: Path) -> list[Path]:
-    """Return the config.json of all heads in an output folder."""
-    names = ("config.json", "medusa_heads_*/config.json", ".medusa_heads_*.old/config.json")
-    return [path for name in names for path in folder.glob(name)]
-
-
-def _base_of(config: Path) -> str | None:
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return str(json.loads(config.read_text(encoding="utf-8"))["base_fingerprint"])
-    return None
-
-
-def require_no_run(output_dir: Path, resume_from: str) -> None:
-    """Raise UsageError where a folder holds another run than the one that is resumed."""
-    resumed = resume_from and run_folder(resume_from).resolve() == output_dir.resolve()
-    if not resumed and _heads_in(output_dir):
-        raise UsageError(
-            f"{output_dir}: holds the heads of an earlier run; go on with it (--resume_from {output_dir}) "
-            "or name another --output_dir"
-        )
 
 
 def data_source(options: TrainOptions) -> str:
@@ -257,46 +222,8 @@ def report(result: TrainResult, base_model: str) -> None:
     click.echo(f"  {paths} python {main} bench")
 
 
-def _from_config(context: click.Context, parameter: click.Parameter, path: Path | None) -> None:
-    """Let the YAML file set what the command line doesn't."""
-    values = read_config(path) if path else {}
-    context.default_map = {**(context.default_map or {}), **values}
-
-
-def _from_run(context: click.Context, parameter: click.Parameter, folder: str) -> str:
-    """Let the run that is resumed set what neither command line nor YAML file does."""
-    if folder:
-        saved = {name: value for name, value in read_run(Path(folder))["options"].items() if name != "output_dir"}
-        context.default_map = {**saved, **(context.default_map or {})}
-    return folder
-
-
-def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Give a command all fields of TrainOptions as options."""
-    hints = get_type_hints(TrainOptions)
-    for item in reversed(fields(TrainOptions)):
-        kind, least, below = hints[item.name], item.metadata["least"], item.metadata["below"]
-        if get_origin(kind) is Literal:
-            kind = click.Choice(get_args(kind))
-        elif kind is int and least is not None:
-            kind = click.IntRange(min=int(least))
-        elif least is not None:
-            kind = click.FloatRange(min=least, max=below, max_open=below is not None)
-        decorate = click.option(
-            f"--{item.name}", type=kind, default=item.default, show_default=item.default != "",
-            help=item.metadata["help"], is_eager=item.name == "resume_from",
-            callback=_from_run if item.name == "resume_from" else None,
-        )  # fmt: skip
-        command = decorate(command)
-    return command
-
-
 @click.command()
-@click.option(
-    "--config", type=click.Path(path_type=Path), is_eager=True, expose_value=False, callback=_from_config,
-    help="YAML file that sets any of these; the command line wins.",
-)  # fmt: skip
-@_click_options
+@train_options
 def main(**values: Any) -> None:
     """Train Medusa heads for a GGUF file."""
     options = TrainOptions(**values)

@@ -58,7 +58,7 @@ def test_batches_hold_each_position_once_with_its_targets() -> None:
     seen = set()
     for batch in found:
         rows = zip(batch.states.long().tolist(), batch.tokens.tolist(), batch.targets.tolist(), strict=True)
-        for (i, t), tokens, wanted in rows:
+        for n, ((i, t), tokens, wanted) in enumerate(rows):
             seen.add((i, t))
             behind = samples[i].tokens[t + 1 : t + 4].tolist()
             assert tokens == behind + [0] * (3 - len(behind)), "whether they are learnt or not"
@@ -66,6 +66,8 @@ def test_batches_hold_each_position_once_with_its_targets() -> None:
                 place = t + 2 + k
                 valid = place < len(samples[i].tokens) and samples[i].mask[place]
                 assert token == (samples[i].tokens[place] if valid else -1)
+                if valid:  # the state that decides it
+                    assert batch.around[batch.places[n] + 1 + k].tolist() == [i, place - 1]
             assert max(wanted) >= 0
     assert len(seen) == batches.n_positions
     assert {i for i, _ in seen} <= set(range(5, 30))
@@ -84,6 +86,7 @@ def test_an_epoch_can_be_entered_anywhere(since: int) -> None:
         assert torch.equal(a.states, b.states)
         assert torch.equal(a.tokens, b.tokens)
         assert torch.equal(a.targets, b.targets)
+        assert torch.equal(a.around, b.around) and torch.equal(a.places, b.places)
     assert not torch.equal(next(batches.epoch([0, 2])).states, whole[0].states), "each epoch has an order of its own"
 
 
@@ -112,7 +115,8 @@ def test_figures_against_a_count_by_hand(head_type: Literal["medusa", "hydra"]) 
             guesses = heads.logits(states, tokens)[k].argmax(-1)
         targets[:, k] = torch.where(torch.rand(300) < 0.5, guesses, targets[:, k])
         tokens[:, k + 1 :] = targets[:, k : k + 1].clamp(min=0)
-    found = evaluate(heads, [Batch(states, tokens, targets)[:131], Batch(states, tokens, targets)[131:]])
+    batch = Batch(states, torch.arange(300), tokens, targets)
+    found = evaluate(heads, [batch[:131], batch[131:]])
     with torch.no_grad():
         logits = heads.logits(states, tokens)
     hits = np.zeros((3, RANKS))

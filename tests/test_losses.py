@@ -1,4 +1,4 @@
-"""The chunked loss: equal to autograd's, and never more than one chunk of logits in memory."""
+"""The chunked losses: equal to autograd's, and never more than one chunk of logits in memory."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.heads.losses import linear_cross_entropy
+from model.heads.losses import linear_cross_entropy, linear_distillation
 
 N, D, V, CHUNK = 50, 12, 33, 7
 
@@ -159,3 +159,118 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits(own: bool) -> None:
     assert ours == chunk * vocab
     materialised = largest(lambda: F.cross_entropy(hidden @ weight.T, targets))
     assert materialised == rows * vocab  # the watch does see it
+
+
+K = 3
+
+
+def lesson(own: bool = False) -> dict[str, Any]:
+    """Rows of N neighbouring positions; the last ones and some in between are taught by none."""
+    torch.manual_seed(0)
+    weight = torch.randn(K, V, D, dtype=torch.float64) if own else torch.randn(V, D, dtype=torch.float64)
+    factors = torch.rand(K, N, dtype=torch.float64)
+    factors[:, 10:17], factors[1, 30] = 0, 0
+    return {
+        "hidden": torch.randn(K, N, D, dtype=torch.float64, requires_grad=True),
+        "weight": weight.requires_grad_(),
+        "teachers": torch.randn(N + K, D, dtype=torch.float64),
+        "teacher_weight": torch.randn(V, D, dtype=torch.float64),
+        "taught_by": torch.arange(N) + 1 + torch.arange(K)[:, None],
+        "targets": torch.randint(V, (K, N)),
+        "sample_weight": factors,
+    }
+
+
+def materialised(given: dict[str, Any], temperature: float, kd_weight: float, scale: float, cap: float) -> Tensor:
+    def shaped(logits: Tensor) -> Tensor:
+        return cap * torch.tanh(scale * logits / cap) if cap else scale * logits
+
+    student = shaped(given["hidden"] @ given["weight"].mT)  # (K,N,V)
+    teacher = shaped(given["teachers"] @ given["teacher_weight"].T)[given["taught_by"]]
+    soft = F.kl_div(
+        (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1), reduction="none",
+        log_target=True,
+    ).sum(-1)  # fmt: skip
+    hard = F.cross_entropy(student.flatten(0, 1), given["targets"].flatten(), reduction="none").view(K, N)
+    loss: Tensor = (given["sample_weight"] * (kd_weight * temperature**2 * soft + (1 - kd_weight) * hard)).sum()
+    return loss
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize(("temperature", "kd_weight"), [(1.0, 1.0), (2.0, 1.0), (0.5, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.7, 3.0)])
+def test_distillation_equals_materialised_logits(
+    own: bool, temperature: float, kd_weight: float, scale: float, cap: float
+) -> None:
+    given = lesson(own)
+    kind: dict[str, Any] = {"temperature": temperature, "kd_weight": kd_weight, "logit_scale": scale, "soft_cap": cap}
+    loss = linear_distillation(**given, **kind, chunk=CHUNK)
+    expected = materialised(given, temperature, kd_weight, scale, cap)
+    torch.testing.assert_close(loss, expected)
+    trained = [given["hidden"], given["weight"]]
+    got = torch.autograd.grad(3 * loss, trained)
+    torch.testing.assert_close(got, torch.autograd.grad(3 * expected, trained))
+
+
+def test_the_comparison_sees_a_teacher_one_place_off() -> None:
+    given = lesson()
+    losses = (
+        linear_distillation(**{**given, "taught_by": given["taught_by"] - 1}, chunk=CHUNK),
+        materialised(given, 1.0, 1.0, 1.0, 0.0),
+    )
+    wrong, right = (torch.autograd.grad(loss, given["hidden"])[0] for loss in losses)
+    assert abs(losses[0] - losses[1]) > 1e-3 * losses[1]
+    assert (wrong - right).norm() > 0.1 * right.norm()
+    equal = {**given, "hidden": given["teachers"][given["taught_by"]], "weight": given["teacher_weight"]}
+    assert float(linear_distillation(**equal)) == pytest.approx(0.0, abs=1e-9)  # who says the same has nothing to learn
+
+
+def test_distillation_leaves_masked_rows_alone() -> None:
+    given = lesson()
+    clean = linear_distillation(**given, chunk=CHUNK)
+    dirty = {name: given[name].detach().clone() for name in ("hidden", "teachers")}
+    dirty["hidden"][:, 10:17], dirty["teachers"][0] = torch.nan, torch.nan
+    dirty["hidden"].requires_grad_()
+    loss = linear_distillation(**{**given, **dirty}, chunk=CHUNK)
+    torch.testing.assert_close(loss, clean)
+    loss.backward()
+    gradient = dirty["hidden"].grad
+    assert gradient is not None and gradient.isfinite().all() and not gradient[:, 10:17].any()
+
+
+def test_teachers_are_computed_once_for_all_heads() -> None:
+    given = lesson()
+    asked: list[int] = []
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.mm.default and args[1].data_ptr() == given["teacher_weight"].data_ptr():
+                asked.append(len(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with Counting(), torch.no_grad():  # type: ignore[no-untyped-call]
+        linear_distillation(**given, chunk=CHUNK)
+    used = given["taught_by"][given["sample_weight"] > 0].unique()
+    assert sum(asked) == len(used) < (given["sample_weight"] > 0).sum() / 2
+    assert max(asked) == CHUNK
+
+
+def test_distillation_holds_no_more_than_a_chunk() -> None:
+    rows, vocab, chunk = 512, 3000, 32
+    given: dict[str, Any] = {
+        "hidden": torch.randn(K, rows, 8, requires_grad=True), "weight": torch.randn(vocab, 8),
+        "teachers": torch.randn(rows + K, 8), "taught_by": torch.arange(rows) + 1 + torch.arange(K)[:, None],
+        "targets": torch.randint(vocab, (K, rows)), "sample_weight": torch.ones(K, rows),
+    }  # fmt: skip
+    with Largest() as seen:
+        linear_distillation(**given, teacher_weight=given["weight"], kd_weight=0.5, chunk=chunk).backward()
+    assert seen.numel == chunk * vocab
+
+
+def test_distillation_in_bf16_stays_close() -> None:
+    given = {name: t.float() if t.is_floating_point() else t for name, t in lesson().items()}
+    expected = materialised(given, 1.0, 1.0, 1.0, 0.0)
+    with torch.autocast("cpu", torch.bfloat16), Largest() as seen:
+        loss = linear_distillation(**given, chunk=CHUNK)
+    assert torch.bfloat16 in seen.types_of_products
+    torch.testing.assert_close(loss, expected, rtol=1e-2, atol=0)

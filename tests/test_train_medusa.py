@@ -25,10 +25,12 @@ from model.base.gguf_file import GGUFFile
 from model.base.llama import LlamaBase
 from model.errors import DataError, UsageError
 from model.heads.files import load_heads
-from model.train_medusa import choose_output_dir, default_output_dir, main
+from model.train_medusa import main
+from model.training import train_command
 from model.training.checkpoints import read_run
 from model.training.extraction import open_base
 from model.training.options import TrainOptions, read_config
+from model.training.output_folder import choose_output_dir, default_output_dir
 from model.training.storage import WriterLock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +72,15 @@ def launch(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [(), ("--cache", "off"), ("--cache_dtype", "fp8", "--lm_head", "own")])
+@pytest.mark.parametrize(
+    "more",
+    [
+        (),
+        ("--cache", "off", "--loss", "kd"),
+        ("--cache_dtype", "fp8", "--lm_head", "own"),
+        ("--loss", "kd", "--kd_temperature", "2", "--kd_weight", "0.5", "--lm_head", "own", "--report_to", "none"),
+    ],
+)
 def test_from_gguf_to_heads(foreign_gguf: Path, text: Path, tmp_path: Path, more: tuple[str, ...]) -> None:
     result = CliRunner().invoke(main, command(foreign_gguf, text, tmp_path, *more), catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -79,19 +89,22 @@ def test_from_gguf_to_heads(foreign_gguf: Path, text: Path, tmp_path: Path, more
     assert heads.config.k_heads == 2
     assert config["token_counts"].sum() > 1000
     assert bool((heads.weight != 0).any())
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]  # validation's is always the cross-entropy
     assert losses[-1] < losses[0]
     assert "main.py bench" in result.output
     assert (tmp_path / "cache").exists() == ("off" not in more)
+    assert (tmp_path / "out" / "runs").exists() == ("none" not in more)
+    assert f"with {config['training']['validation']['tree_nodes']} nodes" in result.output
 
 
-@pytest.mark.parametrize("cache", ["on", "off"])
+@pytest.mark.parametrize(("cache", "loss"), [("on", "ce"), ("off", "kd")])
 def test_interrupt_says_how_to_go_on_and_that_leads_to_the_same_bits(
-    foreign_gguf: Path, text: Path, tmp_path: Path, cache: str, monkeypatch: pytest.MonkeyPatch
+    foreign_gguf: Path, text: Path, tmp_path: Path, cache: str, loss: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a user does it: script, Ctrl-C, the printed line, from other directories."""
     monkeypatch.setenv("N_THREADS", "1")
-    long = ["--epochs", "4", "--batch_size", "1", "--cache", cache]
+    long = ["--epochs", "4", "--batch_size", "1", "--cache", cache, "--loss", loss]
     whole = CliRunner().invoke(main, command(foreign_gguf, text, tmp_path / "whole", *long), catch_exceptions=False)
     assert whole.exit_code == 0, whole.output
     stopped = launch(command(foreign_gguf, text, tmp_path / "parts", *long), tmp_path)
@@ -122,6 +135,10 @@ def test_interrupt_says_how_to_go_on_and_that_leads_to_the_same_bits(
         (["--output_dir", "FILE/out"], "is a file"),
         (["--k_heads", "0"], "k_heads"),
         (["--lm_head", "none"], "lm_head"),
+        (["--loss", "mse"], "loss"),
+        (["--kd_temperature", "0"], "kd_temperature"),
+        (["--kd_weight", "1.5"], "kd_weight"),
+        (["--report_to", "wandb"], "wandb is not installed"),
         (["--val_fraction", "1"], "val_fraction"),
         (["--resume_from", "nowhere"], "no run to go on with"),
         (["--config", "bad.yaml"], "unknown option learning_rat"),
@@ -133,6 +150,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "wandb", None)
     (tmp_path / "FILE").write_text("")
     (tmp_path / "EMPTY").mkdir()
     (tmp_path / "bad.yaml").write_text("learning_rat: 1")
@@ -164,6 +182,9 @@ def test_config_file_sets_options_and_the_command_line_wins(
         CliRunner().invoke(main, arguments)
         options = seen.pop()
         assert (options.epochs, options.learning_rate, options.k_heads, options.batch_size) == (7, 2e-3, 3, 8)
+    (tmp_path / "c.yaml").write_text("loss: kd\nkd_weight: 0.5\n")
+    CliRunner().invoke(main, ["--config", str(tmp_path / "c.yaml")])
+    assert (seen[-1].loss, seen.pop().kd_weight) == ("kd", 0.5)
     (tmp_path / "c.yaml").write_text("cache: off")  # YAML 1.1: a boolean
     CliRunner().invoke(main, ["--config", str(tmp_path / "c.yaml")])
     assert seen.pop().cache == "off"
@@ -183,7 +204,7 @@ def test_a_resumed_run_brings_its_options(foreign_gguf: Path, tmp_path: Path, mo
 
     saved = {"options": {"epochs": 9, "k_heads": 9, "seed": 9, "output_dir": "/elsewhere"}}
     monkeypatch.setattr(train_medusa, "train", catch)
-    monkeypatch.setattr(train_medusa, "read_run", lambda _: saved)
+    monkeypatch.setattr(train_command, "read_run", lambda _: saved)
     config = tmp_path / "c.yaml"
     config.write_text("epochs: 7\nk_heads: 7\n")
     named = [["--config", str(config)], ["--resume_from", str(tmp_path / "run")], ["--k_heads", "3"]]
@@ -191,12 +212,12 @@ def test_a_resumed_run_brings_its_options(foreign_gguf: Path, tmp_path: Path, mo
         CliRunner().invoke(main, [word for words in order for word in words])
         options = seen.pop()
         assert (options.seed, options.epochs, options.k_heads) == (9, 7, 3)
-        assert choose_output_dir(options, GGUFFile(foreign_gguf)) == tmp_path / "run"
+        assert choose_output_dir(options, GGUFFile(foreign_gguf), tmp_path) == tmp_path / "run"
     config.write_text(f"resume_from: {tmp_path / 'run' / 'medusa_heads_latest'}")
     CliRunner().invoke(main, named[0])
     options = seen.pop()
     assert options.seed == 9
-    assert choose_output_dir(options, GGUFFile(foreign_gguf)) == tmp_path / "run"
+    assert choose_output_dir(options, GGUFFile(foreign_gguf), tmp_path) == tmp_path / "run"
 
 
 def test_options_and_defaults_are_as_documented() -> None:
@@ -205,7 +226,8 @@ def test_options_and_defaults_are_as_documented() -> None:
         "dataset_split": "train", "max_length": 0, "batch_size": 8, "learning_rate": 1e-3, "epochs": 3,
         "weight_decay": 0.0, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1, "output_dir": "",
         "resume_from": "", "val_fraction": 0.05, "seed": 0, "device": "auto", "cache": "on", "cache_dir": "",
-        "cache_dtype": "fp16",
+        "cache_dtype": "fp16", "loss": "ce", "kd_temperature": 1.0, "kd_weight": 1.0, "patience": 0,
+        "report_to": "tensorboard",
     }  # fmt: skip
     defaults = {item.name: item.default for item in fields(TrainOptions)}
     assert {name: defaults.get(name) for name in documented} == documented
@@ -213,11 +235,9 @@ def test_options_and_defaults_are_as_documented() -> None:
     assert names == set(defaults) | {"config"}
 
 
-def test_each_model_has_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_medusa, "HEADS_FOLDER", tmp_path)
-
+def test_each_model_has_a_folder_of_its_own(tmp_path: Path) -> None:
     def name(path: str, fingerprint: str = "abcdef0123") -> str:
-        return default_output_dir(Path(path), fingerprint).relative_to(tmp_path).as_posix()
+        return default_output_dir(Path(path), fingerprint, tmp_path).relative_to(tmp_path).as_posix()
 
     assert name("models/tiny-python.Q4_0.gguf") == "tiny-python-retrained"  # the bundled heads stay as they are
     assert name("/x/tiny-python.gguf") == "tiny-python-retrained"
@@ -243,7 +263,7 @@ def test_an_earlier_run_is_not_overwritten(
     assert isinstance(refused.exception, UsageError)
     assert "--resume_from" in str(refused.exception) and "another --output_dir" in str(refused.exception)
     elsewhere = ["--resume_from", str(tmp_path / "elsewhere")]  # another run's end is no right to this folder
-    monkeypatch.setattr(train_medusa, "read_run", lambda _: {"options": {}})
+    monkeypatch.setattr(train_command, "read_run", lambda _: {"options": {}})
     assert "holds the heads" in str(CliRunner().invoke(main, [*arguments, *elsewhere]).exception)
     monkeypatch.undo()
     assert best.stat().st_mtime_ns == before

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,10 @@ from model.heads.medusa import HeadsConfig, MedusaHeads
 from model.training import trainer as trainer_module
 from model.training.batches import Batches
 from model.training.checkpoints import read_run
-from model.training.evaluation import evaluate
 from model.training.options import TrainOptions
 from model.training.text import Sample
-from model.training.trainer import Trainer, heads_loss, learning_rate
+from model.training.trainer import Lesson, Trainer, heads_loss, learning_rate
+from model.training.tuned_tree import NODES
 
 DIM, VOCAB = 16, 30
 OPTIONS = TrainOptions(k_heads=2, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=2, weight_decay=0.01)
@@ -69,7 +69,9 @@ def build(folder: Path, options: TrainOptions = OPTIONS, states: Counting | None
         "heads_fingerprint": "h", "base_fingerprint": "b", "base_name": "n", "base_file_type": "F32",
         "token_counts": np.ones(VOCAB, np.int64), "training": {},
     }  # fmt: skip
-    return Trainer(heads, train, check, options, folder, facts=facts, identity={"text": "1"})
+    return Trainer(
+        heads, train, check, options, folder, facts=facts, identity={"text": "1"}, teacher=torch.randn(VOCAB, DIM)
+    )
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -138,6 +140,34 @@ def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
     assert torch.allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.parametrize("lm_head", ["tied", "own"])
+def test_the_base_model_teaches_head_k_by_the_state_k_places_on(lm_head: Any) -> None:
+    torch.manual_seed(0)
+    base = torch.randn(VOCAB, DIM)
+    heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head=lm_head), base, 0.5, 10.0)
+    with torch.no_grad():
+        heads.weight.normal_(std=0.3)
+        if lm_head == "own":
+            heads.lm_head.normal_()  # the teacher's stays as it is
+    (batch,) = Batches(Counting(4), range(4), 3, 1000).epoch()
+    around = batch.around.float()
+    lesson = Lesson(base, around, batch.places, 1.5, 0.7)
+    found = heads_loss(heads, around[batch.places], batch.tokens, batch.targets, lesson)
+    logits, capped = heads.logits(around[batch.places]), 10 * torch.tanh(0.5 * around @ base.T / 10)
+    wanted = torch.zeros(())
+    for k in range(3):
+        valid = batch.targets[:, k] >= 0
+        student, teacher = logits[k, valid], capped[batch.places[valid] + 1 + k]
+        kl = F.kl_div(
+            (student / 1.5).log_softmax(1), (teacher / 1.5).log_softmax(1), log_target=True, reduction="batchmean"
+        )
+        hard = F.cross_entropy(student, batch.targets[valid, k])
+        wanted = wanted + 0.8**k * (0.7 * 1.5**2 * kl + 0.3 * hard)
+    assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+    (a,), (b,) = torch.autograd.grad(found, heads.weight), torch.autograd.grad(wanted, heads.weight)
+    assert torch.allclose(a, b, atol=1e-6)
+
+
 def test_own_lm_heads_share_one_gradient() -> None:
     """Indexing (K,V,D) K times would make K gradients of that size."""
     heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head="own"), torch.randn(VOCAB, DIM))
@@ -159,25 +189,29 @@ def test_everything_is_written(tmp_path: Path) -> None:
     assert names == folders | {"metrics.jsonl", "training.png", "runs"}
     config = json.loads((result.best / "config.json").read_text())
     assert np.array(config["rank_accuracies"]).shape == (2, 10)
-    assert config["training"]["validation"]["acceptance_length"] == max(e.acceptance_length for e in result.evaluations)
+    assert config["training"]["validation"]["tree_length"] == max(e.tree_length for e in result.evaluations)
     assert weights(result.best)["token_counts"].tolist() == [1] * VOCAB
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [line["epoch"] for line in lines if line["kind"] == "validation"] == [1, 2]
+    checks = [line for line in lines if line["kind"] == "validation"]
+    assert [(line["epoch"], line["tree_nodes"]) for line in checks] == [(1, NODES), (2, NODES)]
     assert lines[-1]["step"] == result.steps == build(tmp_path).total_steps
     assert (tmp_path / "training.png").read_bytes().startswith(b"\x89PNG")
     assert list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize("step", [1, 5, 8, 11])
-def test_stopped_and_resumed_is_equal_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    whole = build(tmp_path / "whole").fit()
+@pytest.mark.parametrize(("step", "loss"), [(1, "ce"), (5, "ce"), (8, "ce"), (11, "ce"), (1, "kd"), (11, "kd")])
+def test_stopped_and_resumed_is_equal_to_the_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, loss: Any
+) -> None:
+    options = replace(OPTIONS, loss=loss, kd_weight=0.5)
+    whole = build(tmp_path / "whole", options).fit()
     assert whole.steps == 16
     with monkeypatch.context() as patch:
         stop_at(step, patch)
-        stopped = build(tmp_path / "parts").fit()
+        stopped = build(tmp_path / "parts", options).fit()
     assert stopped.interrupted
     assert stopped.steps == step
-    again = build(tmp_path / "parts")
+    again = build(tmp_path / "parts", options)
     with torch.no_grad():
         again.heads.weight.normal_()  # nothing of a fresh start may survive
     again.resume(tmp_path / "parts")
@@ -249,17 +283,36 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pyt
     assert not (tmp_path / "medusa_heads_latest").exists()
 
 
-def test_best_is_the_longest_acceptance(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = evaluate
-    lengths = iter([2.0, 3.0, 2.5])
+def stage(lengths: Iterable[float], patch: pytest.MonkeyPatch) -> None:
+    """Let the tuned tree have these lengths, epoch by epoch."""
+    given = iter(lengths)
+    patch.setattr(trainer_module, "simulated_length", lambda *args: next(given))
 
-    def staged(*args: Any) -> Any:
-        return replace(original(*args), acceptance_length=next(lengths))
 
-    monkeypatch.setattr(trainer_module, "evaluate", staged)
-    build(tmp_path, replace(OPTIONS, epochs=3)).fit()
+def test_best_is_the_epoch_whose_tree_accepts_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage([2.0, 3.0, 2.5], monkeypatch)
+    result = build(tmp_path, replace(OPTIONS, epochs=3)).fit()
+    assert len(result.evaluations) == 3
     best, second = weights(tmp_path / "medusa_heads_best"), weights(tmp_path / "medusa_heads_epoch_2")
     assert all(torch.equal(best[name], second[name]) for name in best)
+
+
+def test_patience_ends_a_run_that_brings_nothing_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage([2.0, 3.0, 2.5, 3.0, 4.0], monkeypatch)
+    options = replace(OPTIONS, epochs=5, patience=2)
+    result = build(tmp_path, options).fit()
+    assert (result.interrupted, len(result.evaluations)) == (False, 4)
+    assert "epoch 2 was the last" in capsys.readouterr().out
+    again = build(tmp_path, options)
+    again.resume(tmp_path)
+    assert again.fit().evaluations == []
+    longer = build(tmp_path, replace(options, patience=3))  # free to change: the run goes on
+    longer.resume(tmp_path)
+    assert [e.tree_length for e in longer.fit().evaluations] == [4.0]
+    best, last = weights(tmp_path / "medusa_heads_best"), weights(tmp_path / "medusa_heads_epoch_5")
+    assert all(torch.equal(best[name], last[name]) for name in best)
 
 
 def test_learning_rate_warms_up_and_falls() -> None:

@@ -143,11 +143,16 @@ def step_curve(engine: Engine, budget_s: float = 1.0) -> CostCurve:
     contexts = sorted({max(2, min(c, engine.context // 2)) for c in CONTEXTS})
     widest = FixedPlan(Tree.product([LANES]))
     with engine.base(widest, context=contexts[-1] + SIZES[-1]) as base:
-        timer = StepTimer(base)
-        plain = timer.run(1, contexts[0])
-        most = min(engine.options.max_nodes, 64 if plain < 0.005 else 32 if plain < 0.05 else 16)
-        sizes = [n for n in SIZES if n <= most]
-        return measure_curve(timer.run, sizes if len(sizes) > 1 else [1, 2], contexts, budget_s=budget_s)
+        return time_steps(base, contexts, engine.options.max_nodes, budget_s)
+
+
+def time_steps(base: LlamaBase, contexts: Sequence[int], max_nodes: int, budget_s: float) -> CostCurve:
+    """Time steps of 1 to max_nodes rows in a context of LANES lanes, of fewer where they take long."""
+    timer = StepTimer(base)
+    plain = timer.run(1, contexts[0])
+    most = min(max_nodes, 64 if plain < 0.005 else 32 if plain < 0.05 else 16)
+    sizes = [n for n in SIZES if n <= most]
+    return measure_curve(timer.run, sizes if len(sizes) > 1 else [1, 2], contexts, budget_s=budget_s)
 
 
 class StepTimer:

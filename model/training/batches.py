@@ -20,24 +20,39 @@ from model.training.text import Sample
 
 @dataclass(frozen=True)
 class Batch:
-    """states: (N, D), in the type they are stored in; tokens: (N, K) int64, the text behind each, the next token first;
-    targets: (N, K) int64, what the heads should draft, one place further; -1 where there is nothing to learn.
+    """tokens: (N, K) int64, the text behind each position, the next token first; targets: (N, K) int64, what the heads
+    should draft, one place further; -1 where there is nothing to learn.
+
+    around: (P, D), the positions' states, in the type they are stored in, and those of the positions behind them that
+    decide the targets; places: (N,) int64, where the first stand among them. What decides targets[n, k] is
+    around[places[n] + 1 + k].
     """
 
-    states: Tensor
+    around: Tensor
+    places: Tensor
     tokens: Tensor
     targets: Tensor
 
+    @property
+    def states(self) -> Tensor:
+        """Return the states (N, D) that heads read."""
+        return self.around[self.places]
+
     def __len__(self) -> int:
-        return len(self.states)
+        return len(self.places)
 
     def __getitem__(self, rows: slice) -> Batch:
-        return Batch(self.states[rows], self.tokens[rows], self.targets[rows])
+        """Return some rows, neighbours all, with no more around them than they need."""
+        places, targets = self.places[rows], self.targets[rows]
+        first, last = (int(places[0]), int(places[-1])) if len(places) else (0, -1 - targets.shape[1])
+        return Batch(self.around[first : last + targets.shape[1] + 1], places - first, self.tokens[rows], targets)
 
     @classmethod
     def join(cls, parts: Sequence[Batch]) -> Batch:
         """Put batches behind each other."""
-        columns = ([p.states for p in parts], [p.tokens for p in parts], [p.targets for p in parts])
+        starts = np.cumsum([0, *(len(p.around) for p in parts)]).tolist()
+        places = [p.places + start for p, start in zip(parts, starts, strict=False)]
+        columns = ([p.around for p in parts], places, [p.tokens for p in parts], [p.targets for p in parts])
         return cls(*(torch.cat(column) for column in columns))
 
 
@@ -108,12 +123,14 @@ class Batches:
             if missing:
                 yield self._nothing(missing, dim, states.dtype)
                 missing = 0
+            needed = np.unique(np.minimum(at[:, None] + np.arange(self._k_heads + 1), len(targets) - 1))
             tokens = following_tokens(self._states.samples[i], self._k_heads)
-            yield Batch(states[torch.from_numpy(at)], torch.from_numpy(tokens[at]), torch.from_numpy(targets[at]))
+            rows = (np.searchsorted(needed, at), tokens[at], targets[at])
+            yield Batch(states[torch.from_numpy(needed)], *map(torch.from_numpy, rows))
         if missing and dim:
             yield self._nothing(missing, dim, torch.float16)
 
     def _nothing(self, n: int, dim: int, dtype: torch.dtype) -> Batch:
         """Return rows that keep the place of a sample whose states cannot be used."""
         tokens = torch.zeros((n, self._k_heads), dtype=torch.int64)
-        return Batch(torch.zeros((n, dim), dtype=dtype), tokens, torch.full_like(tokens, -1))
+        return Batch(torch.zeros((n, dim), dtype=dtype), torch.arange(n), tokens, torch.full_like(tokens, -1))

@@ -30,7 +30,9 @@ class Progress:
     step: int = 0  # of the optimiser, in all
     epoch: int = 0  # finished ones
     step_in_epoch: int = 0
-    best: float = 0.0  # acceptance length
+    best: float = 0.0  # acceptance length of the tuned tree
+    best_epoch: int = 0
+    tree_nodes: int = 0  # of the tuned tree, its root included; 0: not chosen yet
     rank_accuracies: list[list[float]] = field(default_factory=list)  # of the last validation
 
 

@@ -1,4 +1,4 @@
-"""How good heads are on held-out text: loss, accuracies, and how many tokens a chain of drafts would earn per step.
+"""How good heads are on held-out text: loss, accuracies, and how many tokens drafts would earn per step.
 
 Measured on given text, token by token; what a running model accepts of its own text differs somewhat.
 """
@@ -23,9 +23,10 @@ LOGIT_BYTES = 256 << 20  # of one chunk
 class Evaluation:
     """Figures of one validation; lists go by head.
 
-    loss: weighted as in training; rank_accuracies: (K, RANKS), how often the wanted token is the r-th best
-    guess, given that the best guesses of all heads before were right; acceptance_length: tokens per step of a
-    chain of best guesses, the base model's own included.
+    loss: cross-entropy, weighted as in training; rank_accuracies: (K, RANKS), how often the wanted token is the r-th
+    best guess, given that the best guesses of all heads before were right; acceptance_length: tokens per step of a
+    chain of best guesses, the base model's own included; ranks: (positions, K) int8, which guess was right, RANKS for
+    none, -1 where nothing was wanted; tree_length: tokens per step of the tuned tree, which has tree_nodes nodes.
     """
 
     loss: float
@@ -35,10 +36,13 @@ class Evaluation:
     rank_accuracies: list[list[float]]
     acceptance_length: float
     positions: int
+    ranks: Tensor
+    tree_length: float = 0.0
+    tree_nodes: int = 0
 
     def figures(self) -> dict[str, Any]:
         """Return the figures for a log: without the ranks."""
-        return {key: value for key, value in vars(self).items() if key != "rank_accuracies"}
+        return {key: value for key, value in vars(self).items() if "rank" not in key}
 
 
 class _Sums:
@@ -49,10 +53,12 @@ class _Sums:
         self.counts = torch.zeros(k_heads, dtype=torch.int64)
         self.ranks = torch.zeros((k_heads, RANKS + 1), dtype=torch.int64)
         self.reached = torch.zeros((k_heads, RANKS + 1), dtype=torch.int64)
+        self.seen: list[Tensor] = []
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count logits (K, n, V) against targets (n, K)."""
         alive = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        seen = torch.full(targets.shape, -1, dtype=torch.int8)
         for k, (scores, wanted) in enumerate(zip(logits, targets.T, strict=True)):
             valid = wanted >= 0
             mine = scores.gather(1, wanted.clamp(min=0)[:, None])
@@ -64,6 +70,8 @@ class _Sums:
             self.ranks[k] += torch.bincount(ranks[valid], minlength=RANKS + 1).cpu()
             self.reached[k] += torch.bincount(ranks[alive], minlength=RANKS + 1).cpu()
             alive = alive & (ranks == 0)
+            seen[:, k] = torch.where(valid, ranks, -1).to(torch.int8).cpu()
+        self.seen.append(seen)
 
 
 def head_weights(k_heads: int) -> Tensor:
@@ -95,4 +103,5 @@ def evaluate(heads: MedusaHeads, batches: Iterable[Batch]) -> Evaluation:
         rank_accuracies=[[round(rate, 6) for rate in row] for row in rates.tolist()],
         acceptance_length=1.0 + float(rates[:, 0].cumprod(0).sum()),
         positions=positions,
+        ranks=torch.cat(sums.seen) if sums.seen else torch.zeros((0, config.k_heads), dtype=torch.int8),
     )

@@ -11,8 +11,10 @@ import yaml
 from model.errors import UsageError
 
 
-def _option(default: Any, meaning: str, least: float | None = None, below: float | None = None) -> Any:
-    return field(default=default, metadata={"help": meaning, "least": least, "below": below})
+def _option(
+    default: Any, meaning: str, least: float | None = None, below: float | None = None, most: float | None = None
+) -> Any:
+    return field(default=default, metadata={"help": meaning, "least": least, "below": below, "most": most})
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,11 @@ class TrainOptions:
     lm_head: Literal["tied", "own"] = _option(
         "tied", "tied: the model's LM head, frozen; own: a trained copy per head."
     )
+    loss: Literal["ce", "kd"] = _option(
+        "ce", "ce: learn the text's tokens; kd: the base model's distribution over the next token."
+    )
+    kd_temperature: float = _option(1.0, "Distributions are softened by it (--loss kd).", 0.01)
+    kd_weight: float = _option(1.0, "Weight of that distribution against the text's tokens (--loss kd).", 0, most=1)
     dataset_name: str = _option("", "Hugging Face data set, .txt, .jsonl, .json, .parquet or folder; none: the demo's.")
     dataset_split: str = _option("train", "Split of a Hugging Face data set, such as train[:10%].")
     max_length: int = _option(0, "Tokens per sequence; 0: 1,024, or the model's context where that is shorter.", 0)
@@ -34,11 +41,17 @@ class TrainOptions:
     batch_size: int = _option(8, "Sequences of max_length per step.", 1)
     learning_rate: float = _option(1e-3, "Peak learning rate.", 0)
     epochs: int = _option(3, "Passes over the training text.", 1)
+    patience: int = _option(
+        0, "End after so many epochs in which the tuned tree's acceptance length did not grow; 0: never.", 0
+    )
     weight_decay: float = _option(0.0, "AdamW's weight decay.", 0)
     max_grad_norm: float = _option(1.0, "Gradients are clipped to this norm; 0: not at all.", 0)
     gradient_accumulation_steps: int = _option(1, "Batches per step of the optimiser.", 1)
     output_dir: str = _option("", "Where heads go; default: a folder for the model below medusa_heads_weights/.")
     resume_from: str = _option("", "Go on with the run in this folder; its options are taken over.")
+    report_to: Literal["tensorboard", "wandb", "none"] = _option(
+        "tensorboard", "Where curves go, beside metrics.jsonl; wandb must be installed (WANDB_MODE=offline: no upload)."
+    )
     val_fraction: float = _option(0.05, "Share of the documents that is validated on.", 0, 1)
     seed: int = _option(0, "Decides order and validation split.", 0)
     device: Literal["auto", "cpu", "cuda"] = _option("auto", "Where heads are trained.")
@@ -54,6 +67,8 @@ FREE_TO_CHANGE = {
     "cache_dir",
     "base_model_path",
     "dataset_name",
+    "patience",
+    "report_to",
 }  # when resuming
 
 

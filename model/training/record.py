@@ -1,4 +1,4 @@
-"""The record of a run: `metrics.jsonl`, TensorBoard logs and `training.png`. Knows nothing of how heads are trained."""
+"""The record of a run: `metrics.jsonl`, `training.png`, a tracker's logs. Knows nothing of how heads are trained."""
 
 from __future__ import annotations
 
@@ -8,22 +8,21 @@ from typing import Any
 
 from model.base.whole_file import whole_file
 from model.errors import OutputError
+from model.training.tracking import open_tracker
 
 
 class Record:
     """Figures of steps and validations, as they come; the picture is drawn from the file's own lines."""
 
-    def __init__(self, folder: Path, until_step: int = 0) -> None:
+    def __init__(self, folder: Path, until_step: int = 0, report_to: str = "tensorboard") -> None:
         """Begin a record, or go on with one: lines behind until_step belong to work that was lost, and go."""
-        from torch.utils.tensorboard import SummaryWriter  # here, not above: it takes a second
-
         self._path, self._folder = folder / "metrics.jsonl", folder
         self.lines = [line for line in _read(self._path) if line["step"] <= until_step]
         with whole_file(self._path) as draft:
             draft.write_text("".join(json.dumps(line) + "\n" for line in self.lines), encoding="utf-8")
         try:
             self._file = self._path.open("a", encoding="utf-8")
-            self._board: Any = SummaryWriter(str(folder / "runs"), purge_step=until_step + 1)
+            self._tracker = open_tracker(report_to, folder, until_step)
         except OSError as error:
             raise OutputError(f"{folder}: cannot be written ({error.strerror}); choose another folder") from error
 
@@ -34,10 +33,7 @@ class Record:
         try:
             self._file.write(json.dumps(line) + "\n")
             self._file.flush()
-            for name, value in figures.items():
-                heads = {f"/head{k}": v for k, v in enumerate(value, 1)} if isinstance(value, list) else {"": value}
-                for head, number in heads.items():
-                    self._board.add_scalar(f"{kind}/{name}{head}", number, step)
+            self._tracker.add(_flat(kind, figures), step)
         except OSError as error:
             raise OutputError(f"{self._folder}: cannot be written ({error.strerror}); make room") from error
 
@@ -67,7 +63,16 @@ class Record:
     def close(self) -> None:
         """Close the files."""
         self._file.close()
-        self._board.close()
+        self._tracker.close()
+
+
+def _flat(kind: str, figures: dict[str, Any]) -> dict[str, float]:
+    """Return one number per name, lists by head."""
+    flat: dict[str, float] = {}
+    for name, value in figures.items():
+        heads = {f"/head{k}": v for k, v in enumerate(value, 1)} if isinstance(value, list) else {"": value}
+        flat |= {f"{kind}/{name}{head}": number for head, number in heads.items()}
+    return flat
 
 
 def _read(path: Path) -> list[dict[str, Any]]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
 import threading
 import time
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -23,13 +21,16 @@ from tqdm import tqdm
 
 from model.errors import DataError
 from model.heads.files import save_heads, whole_folder, write_heads
-from model.heads.losses import linear_cross_entropy
+from model.heads.losses import linear_cross_entropy, linear_distillation
 from model.heads.medusa import MedusaHeads
 from model.training.batches import Batch, Batches
 from model.training.checkpoints import Progress, load_run, save_run
 from model.training.evaluation import RANKS, Evaluation, evaluate, head_weights
 from model.training.options import FREE_TO_CHANGE, TrainOptions
 from model.training.record import Record
+from model.training.stopping import stop_on_interrupt
+from model.training.tuned_tree import simulated_length, tuned_nodes
+from model.trees.costs import CostCurve
 
 WARMUP = 0.05  # of all steps
 SAVE_EVERY_S = 600.0  # `latest`, within long epochs
@@ -38,7 +39,7 @@ LOG_EVERY = 10  # steps
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What came of a run; best: the folder of the heads with the longest acceptance length."""
+    """What came of a run; best: the folder of the heads whose tree has the longest acceptance length."""
 
     output_dir: Path
     best: Path
@@ -49,8 +50,27 @@ class TrainResult:
     seconds: float
 
 
-def heads_loss(heads: MedusaHeads, states: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum over heads of 0.8^k · mean cross-entropy; see Batch for what comes in."""
+@dataclass(frozen=True)
+class Lesson:
+    """What the base model says of a batch: its LM head (V, D), and the states that decide each target (see Batch).
+
+    Temperature and weight against the cross-entropy are `linear_distillation`'s.
+    """
+
+    lm_head: Tensor
+    around: Tensor
+    places: Tensor
+    temperature: float
+    kd_weight: float
+
+
+def heads_loss(
+    heads: MedusaHeads, states: Tensor, tokens: Tensor, targets: Tensor, lesson: Lesson | None = None
+) -> Tensor:
+    """Return the sum over heads of 0.8^k · mean loss; see Batch for what comes in.
+
+    The loss is the cross-entropy with the targets, or distillation where there is a lesson.
+    """
     config = heads.config
     hidden = heads.hidden(states, tokens)  # (K,N,D)
     wanted = targets.T.contiguous()  # (K,N)
@@ -58,6 +78,12 @@ def heads_loss(heads: MedusaHeads, states: Tensor, tokens: Tensor, targets: Tens
     weights = head_weights(config.k_heads).to(states.device)[:, None] * valid / valid.sum(1, keepdim=True).clamp(min=1)
     wanted = wanted.clamp(min=0)
     scale: dict[str, Any] = {"logit_scale": heads.logit_scale, "soft_cap": heads.soft_cap}
+    if lesson:
+        taught_by = lesson.places + 1 + torch.arange(config.k_heads, device=states.device)[:, None]  # (K,N)
+        return linear_distillation(
+            hidden, heads.lm_head, lesson.around, lesson.lm_head, taught_by, wanted, weights,
+            temperature=lesson.temperature, kd_weight=lesson.kd_weight, **scale,
+        )  # fmt: skip
     if config.lm_head == "tied":  # one product for all heads
         flat = hidden.reshape(-1, config.dim)
         return linear_cross_entropy(flat, heads.lm_head, wanted.reshape(-1), weights.reshape(-1), **scale)
@@ -84,13 +110,16 @@ def use_bf16(device: torch.device) -> bool:
 class Trainer:
     """One run: heads, optimiser, progress, and the folder that it writes to.
 
-    facts: what `save_heads` keeps with the heads; identity: what must be equal to go on with a run later.
+    facts: what `save_heads` keeps with the heads; identity: what must be equal to go on with a run later;
+    teacher: the base model's LM head (V, D) for `--loss kd`; curve: what steps cost, by which the tree's size is tuned.
     """
 
     def __init__(
         self, heads: MedusaHeads, train: Batches, validation: Batches, options: TrainOptions, output_dir: Path,
-        *, facts: dict[str, Any], identity: dict[str, str],
+        *, facts: dict[str, Any], identity: dict[str, str], teacher: Tensor | None = None,
+        curve: CostCurve | None = None,
     ) -> None:  # fmt: skip
+        self.teacher, self.curve = teacher, curve
         self.heads, self.options, self.output_dir = heads, options, output_dir
         self.facts, self.identity = facts, identity
         self.train, self.validation = train, validation
@@ -108,10 +137,10 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train until all epochs are done or Ctrl-C asks to stop; `latest` is saved in either case."""
         start = time.monotonic()
-        record = Record(self.output_dir, self.progress.step)
+        record = Record(self.output_dir, self.progress.step, self.options.report_to)
         evaluations: list[Evaluation] = []
-        with contextlib.closing(record), _stop_on_interrupt() as stop:
-            while self.progress.epoch < self.options.epochs and not stop.is_set():
+        with contextlib.closing(record), stop_on_interrupt() as stop:
+            while not self.finished and not stop.is_set():
                 self._epoch(record, stop)
                 if self.progress.step_in_epoch < self.steps_per_epoch:
                     break
@@ -120,9 +149,15 @@ class Trainer:
                 self.save_latest()
                 record.draw()
         return TrainResult(
-            self.output_dir, self.best, self.latest, self.progress.epoch < self.options.epochs, self.progress.step,
-            evaluations, time.monotonic() - start,
+            self.output_dir, self.best, self.latest, not self.finished, self.progress.step, evaluations,
+            time.monotonic() - start,
         )  # fmt: skip
+
+    @property
+    def finished(self) -> bool:
+        """Whether all epochs are done, or as many without a gain as `--patience` allows."""
+        at, patience = self.progress, self.options.patience
+        return at.epoch >= self.options.epochs or 0 < patience <= at.epoch - at.best_epoch
 
     def _epoch(self, record: Record, stop: threading.Event) -> None:
         """Do the rest of the epoch's steps, or as many as there are before someone asks to stop."""
@@ -140,7 +175,7 @@ class Trainer:
                 bar.update()
                 bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
                 if at.step % LOG_EVERY == 0 or at.step_in_epoch in (1, self.steps_per_epoch):
-                    speed = sum(len(batch.states) for batch in group) / (time.monotonic() - began)
+                    speed = sum(len(batch) for batch in group) / (time.monotonic() - began)
                     figures = {"epoch": at.epoch + 1, "loss": loss, "learning_rate": rate, "positions_per_s": speed}
                     record.add("train", at.step, figures)
                 if time.monotonic() - saved > SAVE_EVERY_S:
@@ -156,9 +191,11 @@ class Trainer:
             setting["lr"] = rate
         total = 0.0
         for batch in group:
-            states, tokens = batch.states.to(self.device).float(), batch.tokens.to(self.device)
+            around, places = batch.around.to(self.device).float(), batch.places.to(self.device)
+            tokens, targets = batch.tokens.to(self.device), batch.targets.to(self.device)
+            lesson = self._lesson(around, places)
             with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-                loss = heads_loss(self.heads, states, tokens, batch.targets.to(self.device)) / len(group)
+                loss = heads_loss(self.heads, around[places], tokens, targets, lesson) / len(group)
             loss.backward()
             total += loss.item()
         if not math.isfinite(total):
@@ -169,26 +206,42 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return rate, total
 
+    def _lesson(self, around: Tensor, places: Tensor) -> Lesson | None:
+        if self.options.loss == "ce":
+            return None
+        assert self.teacher is not None
+        return Lesson(self.teacher, around, places, self.options.kd_temperature, self.options.kd_weight)
+
     def _finish_epoch(self, record: Record) -> Evaluation:
         """Validate, tell, and save what the epoch brought."""
         at = self.progress
-        found = evaluate(self.heads, self.validation.epoch())
+        found = self._validate()
         at.epoch, at.step_in_epoch, at.rank_accuracies = at.epoch + 1, 0, found.rank_accuracies
         record.add("validation", at.step, {"epoch": at.epoch, **found.figures()})
         shares = " ".join(f"{share:.1%}" for share in found.top1)
         click.echo(
             f"epoch {at.epoch}: validation loss {found.loss:.3f}, top-1 by head {shares}, "
-            f"acceptance length {found.acceptance_length:.2f}"
+            f"acceptance length {found.acceptance_length:.2f}, {found.tree_length:.2f} with {found.tree_nodes} nodes"
         )
-        better = found.acceptance_length > at.best
-        at.best = max(at.best, found.acceptance_length)
+        better = found.tree_length > at.best
+        if better:
+            at.best, at.best_epoch = found.tree_length, at.epoch
         facts = self._facts(found)
         save_heads(self.output_dir / f"medusa_heads_epoch_{at.epoch}", self.heads, facts)
         if better:
             save_heads(self.best, self.heads, facts)
         self.save_latest(found)
         record.draw()
+        if self.finished and at.epoch < self.options.epochs:
+            click.echo(f"epoch {at.best_epoch} was the last that brought something; training ends (--patience)")
         return found
+
+    def _validate(self) -> Evaluation:
+        """Measure the heads; the first time, choose how many nodes their tree has, so that lengths can be compared."""
+        at, found = self.progress, evaluate(self.heads, self.validation.epoch())
+        at.tree_nodes = at.tree_nodes or tuned_nodes(found.rank_accuracies, self.curve)
+        length = simulated_length(found.rank_accuracies, found.ranks.numpy(), at.tree_nodes)
+        return replace(found, tree_nodes=at.tree_nodes, tree_length=length)
 
     def _facts(self, found: Evaluation | None) -> dict[str, Any]:
         at = self.progress
@@ -212,23 +265,3 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Take up a run that was stopped. Raises UsageError where it is not this run."""
         self.progress = load_run(path, self.parameters, self.optimizer, self.options, self.identity)
-
-
-@contextlib.contextmanager
-def _stop_on_interrupt() -> Iterator[threading.Event]:
-    """Give an event that the first Ctrl-C sets; the second one interrupts as usual."""
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-
-    def ask(number: int, frame: Any) -> None:
-        stop.set()
-        signal.signal(signal.SIGINT, former)
-        click.echo("\nstopping after this step (once more: at once, without saving)", err=True)
-
-    former = signal.signal(signal.SIGINT, ask)
-    try:
-        yield stop
-    finally:
-        signal.signal(signal.SIGINT, former)

@@ -1,0 +1,36 @@
+"""What steps cost on this machine, for a training run to judge its heads by. Knows neither heads nor training."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import version
+
+from model.base.llama import LlamaBase, LlamaModel
+from model.base.remember import recall, remember
+from model.measuring.tuning import LANES, time_steps
+from model.trees.costs import SIZES, CostCurve
+
+KIND = "training_curves"  # of what is remembered
+CONTEXT = 64  # tokens in the cache
+BUDGET_S = 0.5
+
+
+def training_curve(
+    model: LlamaModel, fingerprint: str, max_nodes: int, n_threads: int, *, flash_attn: bool | None, kv_type: str
+) -> CostCurve:
+    """Return the remembered times of steps over a short context, or measure them: 3 rounds, BUDGET_S or more.
+
+    Remembered, so that a run which is resumed before its first validation still comes to the same tree.
+    """
+    settings = (fingerprint, max_nodes, n_threads, flash_attn, kv_type)
+    key = " ".join(map(str, (*settings, version("llama-cpp-python"), platform.node(), platform.processor())))
+    kept = CostCurve.from_json(recall(KIND).get(key))
+    if kept is not None:
+        return kept
+    room = CONTEXT + 2 * SIZES[-1]
+    with LlamaBase(
+        model, n_ctx=room, n_threads=n_threads, n_seq_max=LANES, embeddings=True, flash_attn=flash_attn, kv_type=kv_type
+    ) as base:
+        curve = time_steps(base, [CONTEXT], max_nodes, BUDGET_S)
+    remember(KIND, key, curve.to_json())
+    return curve
