@@ -1,6 +1,7 @@
 """Train Medusa heads for a GGUF file: check the model, read text, extract states, train, say what to type next.
 
 python model/train_medusa.py --base_model_path X.gguf --dataset_name chats.jsonl
+torchrun --nproc_per_node 2 model/train_medusa.py …
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads beside llama.cpp's: both are slow
+    if os.environ.get("RANK", "0") != "0":
+        os.environ["TQDM_DISABLE"] = "1"  # of several processes, one shows its progress
     sys.path[0] = str(ROOT)
 
 import click  # noqa: E402
@@ -40,6 +43,7 @@ from model.training.documents import read_documents  # noqa: E402
 from model.training.extraction import States, StreamedStates, open_base  # noqa: E402
 from model.training.options import TrainOptions  # noqa: E402
 from model.training.output_folder import choose_output_dir, require_no_run  # noqa: E402
+from model.training.ranks import Ranks, joined, ranks_asked_for  # noqa: E402
 from model.training.states import CacheKey, cached_states  # noqa: E402
 from model.training.storage import WriterLock, require_writable  # noqa: E402
 from model.training.text import Sample, digest, make_samples, split_samples, token_counts  # noqa: E402
@@ -55,11 +59,15 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
 
     overwrite: begin anew in a folder that holds a run already.
     """
-    settings = Settings.load()
+    settings, ranks = Settings.load(), ranks_asked_for()
     logging.basicConfig(level=settings.log_level, format="%(message)s")
-    device = choose_device(options.device)
+    device = choose_device(options.device, ranks.local)
+    threads = max(1, settings.n_threads // ranks.local_count)
+    tell = click.echo if ranks.first else silently
     require_tracker(options.report_to)
-    with contextlib.ExitStack() as locked, contextlib.ExitStack() as opened:
+    if ranks.count > 1 and options.cache == "off":
+        raise UsageError("--cache off: several processes share their states through the cache; use --cache on")
+    with joined(ranks, device), contextlib.ExitStack() as locked, contextlib.ExitStack() as opened:
         # The model: can it be loaded, rolled back, and read with the LM head that the file holds?
         file = check_loads(Path(options.base_model_path))
         output_dir = choose_output_dir(options, file, HEADS_FOLDER)
@@ -67,13 +75,13 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         if not overwrite:
             require_no_run(output_dir, options.resume_from)
         max_length = choose_length(options.max_length, file.context_length)
-        model = opened.enter_context(contextlib.closing(load_model(file, settings)))
-        check_lm_head(model, file, settings.n_threads)
+        model = opened.enter_context(contextlib.closing(load_model(file, settings, ranks)))
+        check_lm_head(model, file, threads)
         curve = training_curve(
-            model, file.file_fingerprint(), settings.medusa_max_tokens_per_step, settings.n_threads,
+            model, file.file_fingerprint(), settings.medusa_max_tokens_per_step, threads,
             flash_attn=settings.flash_attn, kv_type=settings.kv_type,
         )  # fmt: skip
-        click.echo(f"model   {file.name} ({file.file_type}): D={file.n_embd}, V={file.n_vocab}, {file.n_layer} layers")
+        tell(f"model   {file.name} ({file.file_type}): D={file.n_embd}, V={file.n_vocab}, {file.n_layer} layers")
 
         # The text: documents, tokens, windows; some of them are kept for validation.
         documents = read_documents(options.dataset_name, options.dataset_split)
@@ -83,32 +91,29 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         )  # fmt: skip
         learn, check = split_samples(samples, options.val_fraction, options.seed)
         n_tokens = sum(len(sample.tokens) for sample in samples)
-        click.echo(
-            f"text    {data_source(options)}: {n_tokens:,} tokens, {len(samples):,} sequences up to {max_length}"
-        )
+        tell(f"text    {data_source(options)}: {n_tokens:,} tokens, {len(samples):,} sequences up to {max_length}")
 
         # The states: what the model makes of the text, kept on disk or made anew in each epoch.
-        locked.enter_context(WriterLock(output_dir))
+        if ranks.first:
+            locked.enter_context(WriterLock(output_dir))
         states: States
 
         def base() -> LlamaBase:
-            return open_base(
-                model, max_length, settings.n_threads, flash_attn=settings.flash_attn, kv_type=settings.kv_type
-            )
+            return open_base(model, max_length, threads, flash_attn=settings.flash_attn, kv_type=settings.kv_type)
 
         if options.cache == "off":
             streamed = StreamedStates(opened.enter_context(base()), samples)
             states = opened.enter_context(contextlib.closing(streamed))
         else:
-            states = kept_states(options, file, base, samples, max_length, settings.kv_type)
+            states = kept_states(options, file, base, samples, max_length, settings.kv_type, ranks)
             opened.close()  # the memory is the heads' from here on
 
         # The heads: as they are at first, or where an earlier run left them.
-        torch.set_num_threads(settings.n_threads)
+        torch.set_num_threads(threads)
         torch.manual_seed(options.seed)
         heads = new_heads(shape_of(options, file), file).to(device)
         n_learnt = sum(p.numel() for p in heads.parameters())
-        click.echo(f"heads   {options.k_heads} ({options.head_type}), {n_learnt:,} parameters, on {device.type}")
+        tell(f"heads   {options.k_heads} ({options.head_type}), {n_learnt:,} parameters, on {device.type}")
         size = options.batch_size * max_length
         batches, validation = (Batches(states, indices, options.k_heads, size) for indices in (learn, check))
         facts = {
@@ -124,7 +129,7 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         teacher = base_lm_head(heads, file) if options.loss == "kd" else None
         trainer = Trainer(
             heads, batches, validation, options, output_dir, facts=facts, identity=identity, teacher=teacher,
-            curve=curve,
+            curve=curve, ranks=ranks,
         )  # fmt: skip
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
@@ -133,11 +138,16 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         return trainer.fit()
 
 
-def load_model(file: GGUFFile, settings: Settings) -> LlamaModel:
+def silently(message: str) -> None:
+    """Take what another process of the run says already."""
+
+
+def load_model(file: GGUFFile, settings: Settings, ranks: Ranks) -> LlamaModel:
     """Return the model. Raises ModelFileError where nothing could be drafted for it."""
     model = LlamaModel(
-        file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap, use_mlock=settings.use_mlock
-    )
+        file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap, use_mlock=settings.use_mlock,
+        gpu=ranks.local if ranks.count > 1 else None,
+    )  # fmt: skip
     if model.can_roll_back:
         return model
     model.close()
@@ -158,21 +168,27 @@ def base_lm_head(heads: MedusaHeads, file: GGUFFile) -> torch.Tensor:
 
 def kept_states(
     options: TrainOptions, file: GGUFFile, base: Callable[[], LlamaBase], samples: list[Sample], max_length: int,
-    kv_type: str,
+    kv_type: str, ranks: Ranks,
 ) -> States:  # fmt: skip
     """Return the states of all samples, extracted into the cache where they aren't there yet."""
     model, tokenizer = file.file_fingerprint(), file.heads_fingerprint()
     key = CacheKey(model, tokenizer, digest(samples), max_length, options.cache_dtype, kv_type)
     default = ROOT / ".cache" / "states" / f"{file.path.stem}-{key.folder_name()}"
     folder = Path(options.cache_dir) if options.cache_dir else default
-    return cached_states(base, file.n_embd, samples, folder, key, data_source=data_source(options))
+    return cached_states(base, file.n_embd, samples, folder, key, data_source=data_source(options), ranks=ranks)
 
 
-def choose_device(name: str) -> torch.device:
-    """Return the device to train on. Raises UsageError for a GPU that torch doesn't see."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("--device cuda: torch sees no CUDA device; use --device cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+def choose_device(name: str, number: int = 0) -> torch.device:
+    """Return the device to train on; number: which GPU. Raises UsageError for one that torch doesn't see."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if number >= torch.cuda.device_count():
+        seen = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
+        raise UsageError(
+            f"--device {name}: process {number} of this machine needs a GPU, torch sees {seen}; use --device cpu"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def choose_length(asked: int, context_length: int) -> int:
@@ -231,7 +247,8 @@ def main(**values: Any) -> None:
         options = replace(options, base_model_path=str(Settings.load().model_path))
     options = absolute(options)
     result = train(options)
-    report(result, options.base_model_path)
+    if ranks_asked_for().first:
+        report(result, options.base_model_path)
     if result.interrupted:
         sys.exit(130)
 

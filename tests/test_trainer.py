@@ -24,8 +24,9 @@ from model.training import trainer as trainer_module
 from model.training.batches import Batches
 from model.training.checkpoints import read_run
 from model.training.options import TrainOptions
+from model.training.teaching import Lesson, heads_loss
 from model.training.text import Sample
-from model.training.trainer import Lesson, Trainer, heads_loss, learning_rate
+from model.training.trainer import Trainer, learning_rate
 from model.training.tuned_tree import NODES
 
 DIM, VOCAB = 16, 30

@@ -51,11 +51,15 @@ class LlamaModel:
     """Weights and vocabulary of one GGUF file."""
 
     def __init__(
-        self, path: Path | str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False
-    ) -> None:
+        self, path: Path | str, *, n_gpu_layers: int = 0, use_mmap: bool = True, use_mlock: bool = False,
+        gpu: int | None = None,
+    ) -> None:  # fmt: skip
+        """Load a file. gpu: the one that it goes to; None: to all there are. Raises ModelFileError."""
         self.path = Path(path)
         params = llama_cpp.llama_model_default_params()
         params.n_gpu_layers = n_gpu_layers
+        if gpu is not None:
+            params.split_mode, params.main_gpu = llama_cpp.LLAMA_SPLIT_MODE_NONE, gpu
         params.load_mode = int(use_mmap) + 2 * int(use_mlock)  # llama_load_mode: none, mmap, mlock, both
         self._model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
         if not self._model:

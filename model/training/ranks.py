@@ -54,6 +54,14 @@ class Ranks:
         self.sum(everything)
         return [json.loads(bytes(row[:size].tolist())) for row, size in zip(everything, sizes.tolist(), strict=True)]
 
+    def first_says(self, value: Any) -> Any:
+        """Return the first process's value: what follows from it must be the same for all."""
+        return self.gather(value)[0]
+
+    def any(self, flag: bool) -> bool:
+        """Say whether any process says so."""
+        return bool(self.sum(torch.tensor(int(flag))) > 0)
+
     def sum(self, values: Tensor) -> Tensor:
         """Add up all processes' tensors, in place; return them."""
         if self.count > 1:

@@ -132,7 +132,7 @@ def cached_states(
             "tokens": sum(shard.n_tokens for shard in shards),
         }  # fmt: skip
         if any(not shard.sha256 for shard in mine):
-            _extract(open_base, samples, folder, mine, manifest, told=ranks.first)
+            _extract(open_base, samples, folder, mine, manifest)
         for rank, theirs in enumerate(ranks.gather([asdict(shard) for shard in mine])):
             shards[rank :: ranks.count] = [Shard(**shard) for shard in theirs]
         missing = next((shard.file for shard in shards if not (folder / shard.file).is_file()), None)
@@ -171,8 +171,6 @@ def _extract(
     folder: Path,
     shards: list[Shard],
     manifest: dict[str, Any],
-    *,
-    told: bool,
 ) -> None:
     """Fill the missing ones of some shards: this thread decodes, another one converts and writes."""
     todo = [shard for shard in shards if not shard.sha256]
@@ -181,7 +179,7 @@ def _extract(
     torch.set_num_threads(1)  # conversions must not fight with llama.cpp's threads
     total = sum(s.n_tokens for s in shards)
     bar = tqdm(total=total, initial=total - sum(s.n_tokens for s in todo), desc="states", unit=" tokens",
-               unit_scale=True, bar_format=BAR, mininterval=0.5, disable=not told)  # fmt: skip
+               unit_scale=True, bar_format=BAR, mininterval=0.5)  # fmt: skip
 
     def finish(builder: ShardBuilder) -> None:
         _add_to_manifest(folder, manifest, asdict(builder.finish(folder, samples)))

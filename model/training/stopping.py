@@ -1,4 +1,4 @@
-"""How a run is asked to stop: the first Ctrl-C sets an event. Knows nothing of training."""
+"""How a run is asked to stop: the first Ctrl-C or SIGTERM sets an event. Knows nothing of training."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import click
 
 
 @contextlib.contextmanager
-def stop_on_interrupt() -> Iterator[threading.Event]:
-    """Give an event that the first Ctrl-C sets; the second one interrupts as usual."""
+def stop_on_request() -> Iterator[threading.Event]:
+    """Give an event that the first Ctrl-C or SIGTERM sets; the second one ends the process as usual."""
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -21,11 +21,12 @@ def stop_on_interrupt() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(signal.SIGINT, former)
+        signal.signal(number, former[number])
         click.echo("\nstopping after this step (once more: at once, without saving)", err=True)
 
-    former = signal.signal(signal.SIGINT, ask)
+    former: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, former)
+        for number, handler in former.items():
+            signal.signal(number, handler)
