@@ -63,7 +63,9 @@ class Tuning:
         """Return the heads' tree that earns most per second; the root alone where nothing pays."""
         return max(self.choices(context, max_nodes), key=lambda choice: choice.tokens_per_s)
 
-    def expected_speedup(self, sizes: dict[int, int], emitted: int, head_steps: dict[int, int], context: float) -> float:
+    def expected_speedup(
+        self, sizes: dict[int, int], emitted: int, head_steps: dict[int, int], context: float
+    ) -> float:
         """Return the speedup that these times give for steps of so many nodes that won so many tokens.
 
         sizes: steps by their nodes. head_steps: those for which the heads drafted, by the depth of their tree.
