@@ -17,7 +17,7 @@ from model.base.gguf_file import GGUFFile
 from model.base.llama import LlamaBase, LlamaModel
 from model.base.lm_head import check_lm_head
 from model.base.load_check import check_loads
-from model.decoding.drafting import Drafter, HeadsDrafter
+from model.decoding.drafting import Drafter, Ranker
 from model.decoding.generation import Generation, Request
 from model.decoding.planning import ROOT_ONLY, FixedPlan, Plan
 from model.errors import HeadsError, ModelFileError, UsageError
@@ -144,7 +144,7 @@ class Engine:
             raise UsageError(f"the tree uses rank {tree.n_ranks - 1}, the vocabulary has {self.file.n_vocab} tokens")
         return tree
 
-    def drafter(self, tree: Tree, draft_vocab: int = 0, *, ranks: int = 0, with_probs: bool = False) -> HeadsDrafter:
+    def drafter(self, tree: Tree, draft_vocab: int = 0, *, ranks: int = 0, with_probs: bool = False) -> Ranker:
         """Make the heads' drafter for a tree. ranks: guesses per head; 0: as many as the tree uses."""
         from model.heads.hydra_drafter import drafter_for
 

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from model.base.llama import LlamaBase
 from model.base.remember import recall, remember
-from model.decoding.drafting import ConstantDrafter, Drafter, HeadsDrafter
+from model.decoding.drafting import ConstantDrafter, Drafter, Ranker
 from model.decoding.generation import Request
 from model.decoding.live import HOPEFUL, LivePlan
 from model.decoding.planning import FixedPlan
@@ -201,9 +201,7 @@ def draft_seconds(engine: Engine, draft_vocab: int, budget_s: float) -> list[flo
     return np.interp(np.arange(1, k + 1), list(times), [median(t) for t in times.values()]).tolist()
 
 
-def guess_rates(
-    engine: Engine, drafter: HeadsDrafter, requests: Sequence[Request], tokens: int
-) -> tuple[Float64Array, int]:
+def guess_rates(engine: Engine, drafter: Ranker, requests: Sequence[Request], tokens: int) -> tuple[Float64Array, int]:
     """Write texts without drafts and count which guess of each head was right where the best ones before it were.
 
     Returns ((K, R) rates, the positions counted); the rates of the training count for PRIOR positions.
