@@ -254,13 +254,8 @@ def _drafting(engine: Engine, options: ModelOptions) -> tuple[Plan, Drafter | No
         return FixedPlan(), None, False, words
     if options.tree:
         tree = engine.check_tree(Tree.parse(options.tree)) if heads else Tree([])
-        by_heads = engine.drafter(tree, options.draft_vocab) if len(tree) > 1 else None
-        return (
-            FixedPlan(tree, min(branch, nodes - len(tree))),
-            by_heads,
-            ngrams,
-            f"{words}, a tree of {len(tree)} nodes",
-        )
+        drafter: Drafter | None = engine.drafter(tree, options.draft_vocab) if len(tree) > 1 else None
+        return FixedPlan(tree, min(branch, nodes - len(tree))), drafter, ngrams, f"{words}, a tree of {len(tree)} nodes"
     requests = [Request(engine.model.tokenize(text).tolist()[: engine.context // 2], TRIAL_TOKENS)
                 for text in options.trial_prompts or ("def ",)]  # fmt: skip
     tuning = tuned(engine, requests, heads=heads, draft_vocab=options.draft_vocab)
