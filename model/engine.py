@@ -17,7 +17,7 @@ from model.base.gguf_file import GGUFFile
 from model.base.llama import LlamaBase, LlamaModel
 from model.base.lm_head import check_lm_head
 from model.base.load_check import check_loads
-from model.decoding.drafting import Drafter, HeadsDrafter
+from model.decoding.drafting import Drafter, Ranker
 from model.decoding.generation import Generation, Request
 from model.decoding.planning import ROOT_ONLY, FixedPlan, Plan
 from model.errors import HeadsError, ModelFileError, UsageError
@@ -149,7 +149,7 @@ class Engine:
 
     def drafter(
         self, tree: Tree, draft_vocab: int | None = None, *, ranks: int = 0, with_probs: bool = False
-    ) -> HeadsDrafter:
+    ) -> Ranker:
         """Make the heads' drafter for a tree.
 
         draft_vocab: how many of the most frequent tokens it drafts from; 0: all; None: those that make up COVERED of

@@ -220,7 +220,7 @@ def test_statistics_count_nodes_by_depth() -> None:
         step(base, [slot], FixedPlan(Tree.chain(3)))
     s = slot.stats
     assert s.emitted == 40 and s.steps <= 40
-    assert s.drafted == [s.steps - 1] * 3
+    assert s.drafted == [s.steps - 1] * 3 and s.head_steps == {3: s.steps - 1}
     assert s.emitted == s.steps + sum(s.accepted), "but for the last step, which may be cut off by the limit"
 
 

@@ -115,6 +115,12 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
         assert tuned(engine, requests(engine), heads=False) == known and len(calls) == before + 1, damage
 
 
+def test_a_prediction_charges_each_step_its_nodes_and_the_depth_that_the_heads_drafted() -> None:
+    known = Tuning(CostCurve((64,), (1, 2, 4), ((1.0, 1.5, 2.0),)), [0.25, 0.5], [[0.5], [0.5]], 9)
+    seconds = 10 * 1.0 + 4 * (1.5 + 0.25) + 6 * (2.0 + 0.5)
+    assert known.expected_speedup({1: 10, 2: 4, 4: 6}, 40, {1: 4, 2: 6}, 64) == pytest.approx(40 / seconds)
+
+
 def test_hydra_heads_are_measured_and_draft_trees(hydra: Engine) -> None:
     found = measure(hydra, requests(hydra), heads=True, budget_s=0.3)
     assert len(found.draft_s) == hydra.n_heads and np.array(found.accuracies).shape == (hydra.n_heads, RANKS)

@@ -22,7 +22,7 @@ class Drafter(Protocol):
         ...
 
 
-class HeadsDrafter(Drafter, Protocol):
+class Ranker(Drafter, Protocol):
     """A drafter that also shows its ranked guesses, to be counted."""
 
     def rank(

@@ -86,8 +86,8 @@ class LivePlan:
         self.curve, self._branch = curve, branch
         self._trees = [Tree(paths[:n]) for n in range(len(paths) + 1)]
         self._depths = self._trees[-1].max_depth
-        by_depth = [0.0, *draft_s] if draft_s else np.zeros(self._depths + 1)
-        self.draft_s = np.array([by_depth[tree.max_depth] for tree in self._trees])  # (T,)
+        drafting = [0.0, *draft_s] if draft_s else [0.0] * (self._depths + 1)
+        self.draft_s = np.array([drafting[tree.max_depth] for tree in self._trees])  # (T,)
         self._rates = np.zeros((len(paths) + 1, self._depths))  # of reaching each depth from the one above, by tree
         for n, tree in enumerate(self._trees):
             assert n == 0 or accuracies is not None

@@ -54,7 +54,7 @@ class Stats:
     branch_drafted: int = 0
     branch_accepted: int = 0
     sizes: dict[int, int] = field(default_factory=dict)  # how many steps had so many nodes, the root included
-    head_steps: int = 0  # steps for which the heads drafted
+    head_steps: dict[int, int] = field(default_factory=dict)  # for how many steps the heads drafted so deep
     draft_s: float = 0.0  # what to draft, and the heads
     tree_s: float = 0.0  # the batch's rows
     decode_s: float = 0.0  # llama.cpp
@@ -69,7 +69,9 @@ class Stats:
         self.steps += 1
         self.emitted += emitted
         self.sizes[len(tree)] = self.sizes.get(len(tree), 0) + 1
-        self.head_steps += heads > 1
+        if heads > 1:
+            drafted = tree.depth_list[heads - 1]
+            self.head_steps[drafted] = self.head_steps.get(drafted, 0) + 1
         if len(self.drafted) < tree.max_depth:
             more = [0] * (tree.max_depth - len(self.drafted))
             self.drafted += more

@@ -76,11 +76,14 @@ class HydraDrafter(HeadsDrafter):
 class _Head(nn.Module):
     """States (n,D) or (1,D) and the tokens behind them (n,k+1) to the logits (n,V) of the head with index k."""
 
+    embeddings: Tensor
+
     def __init__(self, heads: HydraHeads, k: int, lm_head: nn.Module, dtype: str) -> None:
         super().__init__()
         layers = range(heads.config.head_layers)
         self.kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self.embeddings, self.reader = heads.embeddings, linear(heads.reader(k), None, dtype)
+        self.register_buffer("embeddings", heads.embeddings)  # as a plain attribute each head would get a copy
+        self.reader = linear(heads.reader(k), None, dtype)
         weight, bias = heads.weight.detach()[:, k], heads.bias.detach()[:, k]
         self.blocks = nn.ModuleList(linear(weight[i], bias[i], dtype) for i in layers)
         up = None if heads.up is None else heads.up.detach()[:, k]

@@ -86,7 +86,7 @@ def _figures(engine: Engine, requests: Sequence[Request], plain: _Measured, way:
         "branch_accepted": stats.branch_accepted / max(stats.branch_drafted, 1),
         "branch_share": stats.branch_drafted / max(sum(stats.drafted), 1),
         "steps_by_nodes": dict(sorted(stats.sizes.items())),
-        "head_steps": stats.head_steps,
+        "head_steps": dict(sorted(stats.head_steps.items())),
         "tree_nodes": 1 + sum(stats.drafted) / max(stats.steps, 1),
         "draft_us": stats.draft_s * micro,
         "decode_us": stats.decode_s * micro,
@@ -138,8 +138,9 @@ def _add(total: Stats, one: Stats) -> None:
     for name in ("drafted", "accepted"):
         a, b = getattr(total, name), getattr(one, name)
         setattr(total, name, [x + y for x, y in zip_longest(a, b, fillvalue=0)])
-    for n, steps in one.sizes.items():
-        total.sizes[n] = total.sizes.get(n, 0) + steps
-    counts = ("steps", "emitted", "head_steps", "branch_drafted", "branch_accepted")
+    for ours, theirs in ((total.sizes, one.sizes), (total.head_steps, one.head_steps)):
+        for n, steps in theirs.items():
+            ours[n] = ours.get(n, 0) + steps
+    counts = ("steps", "emitted", "branch_drafted", "branch_accepted")
     for name in (*counts, *(f"{stage}_s" for stage in STAGES)):
         setattr(total, name, getattr(total, name) + getattr(one, name))

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from model.base.llama import LlamaBase
 from model.base.remember import recall, remember
-from model.decoding.drafting import ConstantDrafter, Drafter, HeadsDrafter
+from model.decoding.drafting import ConstantDrafter, Drafter, Ranker
 from model.decoding.generation import Request
 from model.decoding.live import HOPEFUL, LivePlan
 from model.decoding.planning import FixedPlan
@@ -63,13 +63,15 @@ class Tuning:
         """Return the heads' tree that earns most per second; the root alone where nothing pays."""
         return max(self.choices(context, max_nodes), key=lambda choice: choice.tokens_per_s)
 
-    def expected_speedup(self, sizes: dict[int, int], emitted: int, head_steps: int, context: float) -> float:
+    def expected_speedup(
+        self, sizes: dict[int, int], emitted: int, head_steps: dict[int, int], context: float
+    ) -> float:
         """Return the speedup that these times give for steps of so many nodes that won so many tokens.
 
-        sizes: steps by their nodes. head_steps: those for which the heads drafted, with as many heads as there are.
+        sizes: steps by their nodes. head_steps: those for which the heads drafted, by the depth of their tree.
         """
         seconds = sum(steps * self.curve.seconds_for(nodes, context) for nodes, steps in sizes.items())
-        seconds += head_steps * (self.draft_s[-1] if self.draft_s else 0.0)
+        seconds += sum(steps * self.draft_s[depth - 1] for depth, steps in head_steps.items())
         return emitted * self.curve.seconds_for(1, context) / seconds
 
     def to_json(self) -> dict[str, Any]:
@@ -204,9 +206,7 @@ def draft_seconds(engine: Engine, draft_vocab: int | None, budget_s: float) -> l
     return np.interp(np.arange(1, k + 1), list(times), [median(t) for t in times.values()]).tolist()
 
 
-def guess_rates(
-    engine: Engine, drafter: HeadsDrafter, requests: Sequence[Request], tokens: int
-) -> tuple[Float64Array, int]:
+def guess_rates(engine: Engine, drafter: Ranker, requests: Sequence[Request], tokens: int) -> tuple[Float64Array, int]:
     """Write texts without drafts and count which guess of each head was right where the best ones before it were.
 
     Returns ((K, R) rates, the positions counted); the rates of the training count for PRIOR positions.
