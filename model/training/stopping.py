@@ -13,7 +13,10 @@ import click
 
 @contextlib.contextmanager
 def stop_on_request() -> Iterator[threading.Event]:
-    """Give an event that the first Ctrl-C or SIGTERM sets; the second one ends the process as usual."""
+    """Give an event that the first Ctrl-C or SIGTERM sets; a second Ctrl-C interrupts as usual.
+
+    A second SIGTERM doesn't: torchrun sends several.
+    """
     stop = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield stop
@@ -21,7 +24,7 @@ def stop_on_request() -> Iterator[threading.Event]:
 
     def ask(number: int, frame: Any) -> None:
         stop.set()
-        signal.signal(number, former[number])
+        signal.signal(signal.SIGINT, former[signal.SIGINT])
         click.echo("\nstopping after this step (once more: at once, without saving)", err=True)
 
     former: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import signal
 import threading
 import time
 from dataclasses import asdict, dataclass, replace
@@ -107,7 +108,7 @@ class Trainer:
         start = time.monotonic()
         record = Record(self.output_dir, self.progress.step, self.options.report_to) if self.ranks.first else None
         try:
-            with contextlib.closing(record) if record else contextlib.nullcontext(), stop_on_request() as stop:
+            with stop_on_request() as stop, contextlib.closing(record) if record else contextlib.nullcontext():
                 evaluations = self._epochs(record, stop)
         except RuntimeError as error:
             if self.ranks.count == 1:
@@ -133,6 +134,7 @@ class Trainer:
 
     def _left_alone(self, error: RuntimeError) -> DataError:
         """Save what there is, unless another process does, and return what to say."""
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's; SIGKILL follows 30 seconds later
         with contextlib.suppress(DataError), contextlib.ExitStack() as locked:
             if not self.ranks.first:  # the first one holds the lock, or is gone
                 locked.enter_context(WriterLock(self.output_dir))
