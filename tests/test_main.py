@@ -163,15 +163,17 @@ def test_bad_input_is_one_clear_line(env: dict[str, str], words: list[str], said
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_a_model_that_is_not_ours(kind: str, foreign_gguf: Path, foreign_gguf_q8: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "head_type"), [("F32", "hydra"), ("Q8_0", "medusa")])
+def test_a_model_that_is_not_ours(
+    kind: str, head_type: str, foreign_gguf: Path, foreign_gguf_q8: Path, tmp_path: Path
+) -> None:
     """Other vocabulary, grouped-query attention, other types: train, generate and verify with the same commands."""
     gguf = foreign_gguf if kind == "F32" else foreign_gguf_q8
     (tmp_path / "text.txt").write_text("def f(x):\n    return x + 1\n" * 200)
     heads = tmp_path / "heads"
     train = [sys.executable, str(ROOT / "model" / "train_medusa.py"), "--base_model_path", str(gguf), "--epochs", "1",
-             "--k_heads", "3", "--dataset_name", str(tmp_path / "text.txt"), "--max_length", "64",
-             "--output_dir", str(heads), "--cache_dir", str(tmp_path / "states")]  # fmt: skip
+             "--k_heads", "3", "--head_type", head_type, "--dataset_name", str(tmp_path / "text.txt"),
+             "--max_length", "64", "--output_dir", str(heads), "--cache_dir", str(tmp_path / "states")]  # fmt: skip
     done = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     env = {"MODEL_PATH": str(gguf), "MEDUSA_WEIGHTS_PATH": str(heads / "medusa_heads_best")}

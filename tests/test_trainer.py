@@ -119,8 +119,8 @@ def test_only_hydra_learns_what_hangs_on_drafted_tokens(tmp_path: Path) -> None:
     for head_type in ("medusa", "hydra"):
         run = build(tmp_path / head_type, replace(options, head_type=head_type), Halves())
         found[head_type] = run.fit().evaluations[-1].top1
-    assert max(found["medusa"]) < 0.2, "a token by chance, or the one behind it"
-    assert min(found["hydra"]) > 0.45, "every other token is known from the one before"
+    assert max(found["medusa"]) < 0.1, "states know nothing of what follows"
+    assert min(found["hydra"]) > 0.15, "every other token is the one behind the token before"
 
 
 @pytest.mark.parametrize("lm_head", ["tied", "own"])
