@@ -32,6 +32,7 @@ class _Place:
     tokens: list[int] = field(default_factory=list)  # in the cache, and those to come; of a slot, its own list
     done: int = 0  # how many of them are in the cache while the slot does not run; in the first lane at least
     running: bool = False
+    fresh: bool = False  # its slot reads its whole prompt
     used: int = 0  # when, in passes
 
     @property
@@ -86,11 +87,11 @@ class Batch:
     def _held(self, place: _Place) -> int:
         return place.done if place.slot is None else place.slot.limit + self._beside
 
-    def admit(self, slot: Slot) -> bool:
+    def admit(self, slot: Slot, *, fresh: bool = False) -> bool:
         """Take a slot in, giving it its lanes; False where there is no place, or no room for all it may come to hold.
 
         So no pass ever finds the cache full. Cells that texts share are counted for each of them. A slot that wouldn't
-        fit into an empty cache is refused for ever.
+        fit into an empty cache is refused for ever. fresh: read the whole prompt, whatever is in the cache.
         """
         needed = slot.limit + self._beside
         free = [place for place in self._places if place.slot is None]
@@ -98,12 +99,13 @@ class Batch:
         if not free or needed > self._cells - self.reserved + kept:
             return False
         place = self._choose(free, slot)
-        shared = _common(place.tokens, slot.tokens, min(place.done, len(slot.tokens) - 1))
+        shared = 0 if fresh else _common(place.tokens, slot.tokens, min(place.done, len(slot.tokens) - 1))
         if place.done > shared:
             for lane in place.lanes:
                 self._base.seq_rm(lane, shared, -1)
         slot.lanes, slot.reused = place.lanes, shared
         place.slot, place.tokens, place.done, place.used = slot, slot.tokens, shared, self._passes
+        place.fresh = fresh
         self._borrow(place)
         for other in sorted(free, key=lambda place: place.used):
             if other is not place and other.done and self.reserved > self._cells:
@@ -124,7 +126,7 @@ class Batch:
 
     def _borrow(self, place: _Place) -> None:
         """Let a slot whose prompt is not in the cache have the cells of any text that begins as it does."""
-        if not self._keep:
+        if not self._keep or place.fresh:
             return
         assert place.slot is not None
         most, donor, prompt = place.done, place, len(place.tokens) - 1

@@ -32,7 +32,7 @@ class Job:
 
     max_tokens None: as many as the context holds. logprobs: how many alternatives per token are wanted (None: not even
     the token's own). grammar: GBNF; json_schema: a schema (an empty one: any object) that becomes a grammar.
-    typical: Medusa's lossy acceptance, opt-in.
+    typical: Medusa's lossy acceptance, opt-in. fresh: read the whole prompt, whatever the cache holds.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Job:
     echo: bool = False
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)

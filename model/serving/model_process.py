@@ -212,7 +212,7 @@ class ServedModel:
     def work(self) -> list[Event]:
         """Admit what fits, take all running jobs one pass further, return what has happened."""
         out, self._failed = self._failed, []
-        while self._waiting and self._batch.admit(self._waiting[0].slot):
+        while self._waiting and self._batch.admit(self._waiting[0].slot, fresh=self._waiting[0].job.fresh):
             writing = self._waiting.popleft()
             writing.admitted()
             self._running[writing.job.id] = writing

@@ -33,7 +33,7 @@ Prompt = str | list[int] | list[dict[str, Any]]
 
 
 class TextRequest(Strict):
-    """What both kinds of completion share. The last five are extensions; llama.cpp's names where it has them."""
+    """What both kinds of completion share. The last six are extensions; llama.cpp's names where it has them."""
 
     max_tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     max_completion_tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
@@ -56,6 +56,7 @@ class TextRequest(Strict):
     draft: Draft = "auto"
     typical_acceptance: bool = False  # Medusa's lossy rule
     token_details: bool = False  # tell of each token whether it was drafted
+    cache_prompt: bool = True
 
     default_max_tokens: ClassVar[int | None] = None
 
@@ -127,6 +128,7 @@ class TextRequest(Strict):
             echo=self._echo(),
             grammar=self.grammar,
             json_schema=schema,
+            fresh=not self.cache_prompt,
         )
 
 
