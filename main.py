@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from commands.bench import bench
+from commands.chat import chat
 from commands.demo import demo
 from commands.generate import generate
 from commands.requantize import requantize_command
@@ -53,7 +54,7 @@ def cli(ctx: click.Context) -> None:
         ctx.invoke(serve)
 
 
-for command in (serve, generate, bench, tune, requantize_command, verify, demo):
+for command in (serve, chat, generate, bench, tune, requantize_command, verify, demo):
     cli.add_command(command)
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
 """The server under load: Medusa against `draft: none` in one server, in turn, by streams at a time.
 
-    python benchmarks/serve.py                          # the bundled model
-    python benchmarks/serve.py --type bf16 --texts 1 --max_tokens 32 --cached   # at the cost of 1 B parameters (scale_up.py)
+    python benchmarks/serve.py                                                  # the bundled model
+    python benchmarks/serve.py --type bf16 --texts 1 --max_tokens 40 --cached   # scale_up.py's: 1 B parameters
 
 Starts `main.py` itself. Every stream is a client of its own that has one text after the other written. Prompts are read
-whole, or with `--cached` are in the cache before the clock starts. Clients and server share the machine's cores. The last rows hold one stream through
-HTTP against the decoder of `main.py generate`, in turn. Writes serve….json and .md under benchmarks/results/.
+whole, or with `--cached` are in the cache before the clock starts. Clients and server share the machine's cores. One
+stream through HTTP is also held against the decoder of `main.py generate`, in turn. Writes serve….json and .md under
+benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -80,9 +81,11 @@ async def ask(address: str, **fields: Any) -> Answer:
     place = urlsplit(address)
     body = json.dumps({"stream": True, **fields}).encode()
     reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=1 << 20)
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     since, first, last, timings = perf_counter(), 0.0, 0.0, None
-    writer.write(head.encode() + body)
+    writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
     async for line in reader:
         if line.startswith(b"data: {"):
             first, last = first or perf_counter(), perf_counter()
@@ -142,9 +145,8 @@ def compare(address: str, prompts: list[str], streams: int, rounds: int, **field
 
 def through_http(address: str, engine: Engine, prompts: list[str], tokens: int, temperature: float) -> dict[str, Any]:
     """Return the speed of single texts through HTTP and from the decoder of `generate`: behind the prompt, in turn."""
-    options: dict[str, Any] = {"tree_text": "auto", "plan": "live", "draft_vocab": 0}
     spent, written = [0.0, 0.0], [0, 0]
-    with open_decoder(engine, SamplingParams(temperature), draft="auto", **options) as decoder:
+    with open_decoder(engine, SamplingParams(temperature)) as decoder:
         for seed, prompt in enumerate(prompts):
             request = engine.request(prompt, tokens, sampling=SamplingParams(temperature, seed=seed))
             generation, seconds = decoder.time(replace(request, prompt=request.prompt[: engine.context - tokens]))
@@ -165,7 +167,10 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         cells = [f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key, _ in COLUMNS]
         lines.append("| " + " | ".join(cells) + " |")
     if "generate" in about:
-        lines += ["", f"One stream: {about['http']:.1f} tokens/s through HTTP, {about['generate']:.1f} from `generate`: "]
+        lines += [
+            "",
+            f"One stream: {about['http']:.1f} tokens/s through HTTP, {about['generate']:.1f} from `generate`: ",
+        ]
         lines[-1] += f"{about['http_of_generate']:.2f}."
     return "\n".join(lines) + "\n"
 
@@ -173,7 +178,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 @click.command()
 @click.option("--type", "kind", help="Of scale_up.py's 1 B model; without it, the bundled model.")
 @click.option("--streams", default="1,4,16", show_default=True)
-@click.option("--texts", default=2, show_default=True, help="Texts of each stream; a single stream writes 4 times as many.")
+@click.option("--texts", default=2, show_default=True, help="Texts of each stream; of a single one: 4 times as many.")
 @click.option("--max_tokens", default=96, show_default=True)
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--rounds", default=2, show_default=True, help="How often every text is written each way.")

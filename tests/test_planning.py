@@ -32,10 +32,13 @@ def curve(times: tuple[tuple[int, float], ...]) -> CostCurve:
     return CostCurve((0,), tuple(n for n, _ in times), (tuple(t for _, t in times),))
 
 
-def live(times: tuple[tuple[int, float], ...], *, heads: bool = True, branch: int = 0) -> LivePlan:
+def live(
+    times: tuple[tuple[int, float], ...], *, heads: bool = True, branch: int = 0, most_rows: int = 512
+) -> LivePlan:
     if not heads:
         return LivePlan(curve(times), branch=branch)
-    return LivePlan(curve(times), paths=grow(GOOD, 15), accuracies=GOOD, draft_s=DRAFT_S, branch=branch)
+    paths = grow(GOOD, 15)
+    return LivePlan(curve(times), paths=paths, accuracies=GOOD, draft_s=DRAFT_S, branch=branch, most_rows=most_rows)
 
 
 class Looping(FakeBase):

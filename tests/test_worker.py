@@ -20,13 +20,14 @@ from config import HEADS_FOLDER
 from model.decoding.batching import Batch
 from model.decoding.generation import Generation
 from model.decoding.ngram import NgramIndex
-from model.decoding.planning import FixedPlan
+from model.decoding.planning import Draft, FixedPlan
 from model.decoding.sampling import Sampler, SamplingParams
 from model.decoding.step import Slot
 from model.engine import Engine, EngineOptions
 from model.errors import MedusaError, UsageError
+from model.measuring.choosing import Wish
 from model.measuring.proofs import NOISE, _causal, noise_floor, replay
-from model.serving.jobs import Draft, Event, Failed, Finished, Job, Piece, Sampling, Started
+from model.serving.jobs import Event, Failed, Finished, Job, Piece, Sampling, Started
 from model.serving.model_process import ModelOptions
 from model.serving.protocol import Overloaded, Worker
 from model.serving.worker import ModelWorker
@@ -40,7 +41,8 @@ GREEDY = Sampling(temperature=0.0)
 
 def options(gguf: Path, **more: Any) -> ModelOptions:
     engine = EngineOptions(n_threads=1, context_size=more.pop("context", 512), max_nodes=16)
-    return ModelOptions(gguf, engine, None, HEADS_FOLDER, **{"slots": 3, "tree": "2,2,1", **more})
+    wish = Wish(more.pop("draft", "both"), more.pop("tree", "2,2,1"))
+    return ModelOptions(gguf, engine, None, HEADS_FOLDER, wish=wish, **{"slots": 3, **more})
 
 
 @dataclass

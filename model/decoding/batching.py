@@ -9,17 +9,19 @@ where these are kept, of a running one, or of a prompt that is being fed beside 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from time import perf_counter
 
 import numpy as np
+import numpy.typing as npt
 
 from model.decoding.planning import Plan
 from model.decoding.step import Base, Slot, step
 
 LEAST_CHUNK = 16  # prompt tokens at once, however slow they are
 IDLE = 5  # times the stall that a prompt may make where nobody waits for a pass: commands wait all the same
+Look = Callable[[npt.NDArray[np.float32]], None]
 MUCH = 0.5  # of a kept text that a prompt shares: then it may have that text's place, else it copies
 
 
@@ -33,6 +35,7 @@ class _Place:
     done: int = 0  # how many of them are in the cache while the slot does not run; in the first lane at least
     running: bool = False
     fresh: bool = False  # its slot reads its whole prompt
+    look: Look | None = None
     used: int = 0  # when, in passes
 
     @property
@@ -80,6 +83,11 @@ class Batch:
         return len(self._running)
 
     @property
+    def cached(self) -> int:
+        """Tokens in the cache; those that texts share are counted for each of them."""
+        return sum(place.cached for place in self._places)
+
+    @property
     def reserved(self) -> int:
         """Cells that are in use or promised."""
         return sum(self._held(place) for place in self._places)
@@ -87,25 +95,27 @@ class Batch:
     def _held(self, place: _Place) -> int:
         return place.done if place.slot is None else place.slot.limit + self._beside
 
-    def admit(self, slot: Slot, *, fresh: bool = False) -> bool:
+    def admit(self, slot: Slot, *, fresh: bool = False, look: Look | None = None) -> bool:
         """Take a slot in, giving it its lanes; False where there is no place, or no room for all it may come to hold.
 
         So no pass ever finds the cache full. Cells that texts share are counted for each of them. A slot that wouldn't
-        fit into an empty cache is refused for ever. fresh: read the whole prompt, whatever is in the cache.
+        fit into an empty cache is refused for ever. fresh: read the whole prompt, whatever is in the cache. look: is
+        shown the logits behind each prompt token but the last, a view of some rows at a time; implies fresh.
+        A slot whose limit is its prompt wins nothing: it is finished once the prompt is read.
         """
         needed = slot.limit + self._beside
         free = [place for place in self._places if place.slot is None]
         kept = sum(place.done for place in free)
         if not free or needed > self._cells - self.reserved + kept:
             return False
-        place = self._choose(free, slot)
+        place, fresh = self._choose(free, slot), fresh or look is not None
         shared = 0 if fresh else _common(place.tokens, slot.tokens, min(place.done, len(slot.tokens) - 1))
         if place.done > shared:
             for lane in place.lanes:
                 self._base.seq_rm(lane, shared, -1)
         slot.lanes, slot.reused = place.lanes, shared
         place.slot, place.tokens, place.done, place.used = slot, slot.tokens, shared, self._passes
-        place.fresh = fresh
+        place.fresh, place.look = fresh, look
         self._borrow(place)
         for other in sorted(free, key=lambda place: place.used):
             if other is not place and other.done and self.reserved > self._cells:
@@ -143,13 +153,14 @@ class Batch:
     def step(self) -> list[Slot]:
         """Feed a chunk of prompts, take every running slot one pass further; return those that finished, evicted."""
         self._feed()
-        if not self._running:
-            return []
-        self._passes += 1
         slots = [place.slot for place in self._running if place.slot is not None]
-        step(self._base, slots, self._plan)
-        finished = [slot for slot in slots if slot.finished]
+        writing = [slot for slot in slots if len(slot.tokens) < slot.limit]
+        if writing:
+            self._passes += 1
+            step(self._base, writing, self._plan)
+        finished = [slot for slot in slots if slot.finished or len(slot.tokens) >= slot.limit]
         for slot in finished:
+            slot.finished = True
             self.evict(slot)
         return finished
 
@@ -183,7 +194,7 @@ class Batch:
             prompt = len(place.tokens) - 1
             piece = place.tokens[place.done : min(prompt, place.done + room)]
             if piece:
-                self._base.prefill(np.array(piece, np.int32), place.done, place.lanes.start)
+                self._read(place, np.array(piece, np.int32))
                 if len(piece) >= LEAST_CHUNK:
                     self._token_s = (perf_counter() - began) / len(piece)
                 room -= len(piece)
@@ -197,6 +208,14 @@ class Batch:
             assert place.slot is not None
             place.slot.began, place.running = perf_counter(), True
             self._running.append(place)
+
+    def _read(self, place: _Place, piece: npt.NDArray[np.int32]) -> None:
+        if place.look is None:
+            self._base.prefill(piece, place.done, place.lanes.start)
+            return
+        self._base.want_states(False)
+        self._base.decode(piece, place.done, place.lanes.start, outputs=True)
+        place.look(self._base.logits(len(piece)))
 
     def _room(self) -> int:
         """Return how many prompt tokens may be fed now."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Draft = Literal["auto", "medusa", "ngram", "both", "none"]
+from model.decoding.planning import Draft
 
 
 @dataclass(frozen=True)
@@ -116,4 +116,5 @@ class ModelInfo:
     vocabulary: int
     draft: str  # what drafts where a request says "auto", in words
     slots: int
+    cells: int  # tokens that the cache holds, of all texts
     chat: bool  # whether the GGUF has a chat template

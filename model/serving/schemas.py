@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
+from model.decoding.planning import Draft
 from model.serving.errors import ApiError
 from model.serving.fields import (
     MOST_TOKENS,
@@ -25,7 +26,7 @@ from model.serving.fields import (
     read_prompts,
     read_stops,
 )
-from model.serving.jobs import Draft, Job, ModelInfo, Sampling
+from model.serving.jobs import Job, ModelInfo, Sampling
 
 MOST_TEXTS = 128  # choices of one request, over all of its prompts
 _SEEDS = 2**63
