@@ -19,7 +19,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -36,6 +36,7 @@ import numpy as np  # noqa: E402
 from benchmarks.scale_up import BUNDLED, build  # noqa: E402
 from commands.common import PROMPTS, open_decoder, open_engine  # noqa: E402
 from config import Settings  # noqa: E402
+from model.decoding.generation import Request  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.engine import Engine  # noqa: E402
 from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
@@ -60,9 +61,17 @@ class Answer:
         return int(self.timings["predicted_n"])
 
 
+@dataclass(frozen=True)
+class Server:
+    """`main.py` at work."""
+
+    address: str
+    pid: int
+
+
 @contextmanager
-def server(**variables: str) -> Iterator[str]:
-    """Start `main.py` on a free port; yield its address."""
+def server(**variables: str) -> Iterator[Server]:
+    """Start `main.py` on a free port, and end it."""
     env = {**os.environ, "HOST": "127.0.0.1", "PORT": "0", **variables}
     command = [sys.executable, str(ROOT / "main.py")]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) as process:
@@ -71,7 +80,7 @@ def server(**variables: str) -> Iterator[str]:
             address = next((line.split()[-1] for line in process.stdout if line.startswith("page and API")), None)
             if address is None:
                 raise click.ClickException("the server did not start")
-            yield address
+            yield Server(address, process.pid)
         finally:
             process.send_signal(signal.SIGTERM)
 
@@ -97,7 +106,7 @@ async def ask(address: str, **fields: Any) -> Answer:
     return Answer(first - since, last - first, timings)
 
 
-async def load(address: str, prompts: list[str], streams: int, **fields: Any) -> tuple[list[Answer], float]:
+async def load(address: str, prompts: list[list[int]], streams: int, **fields: Any) -> tuple[list[Answer], float]:
     """Have all prompts continued, so many at a time; return the answers, and the seconds from first to last."""
     waiting, answers = list(enumerate(prompts)), list[Answer]()
 
@@ -127,11 +136,11 @@ def summary(answers: list[Answer], seconds: float) -> dict[str, Any]:
     }
 
 
-def compare(address: str, prompts: list[str], streams: int, rounds: int, **fields: Any) -> list[dict[str, Any]]:
+def compare(address: str, prompts: list[list[int]], streams: int, rounds: int, **fields: Any) -> list[dict[str, Any]]:
     """Write all prompts without drafts and with them, in turn; the order changes from round to round."""
     seen: dict[str, tuple[list[Answer], list[float]]] = {"none": ([], []), "auto": ([], [])}
     if fields["cache_prompt"]:
-        asyncio.run(load(address, sorted(set(prompts)), 1, **{**fields, "max_tokens": 1}))
+        asyncio.run(load(address, prompts, 1, **{**fields, "max_tokens": 1}))
     for n in range(rounds):
         for draft in ("none", "auto") if n % 2 == 0 else ("auto", "none"):
             answers, seconds = asyncio.run(load(address, prompts, streams, draft=draft, **fields))
@@ -143,13 +152,14 @@ def compare(address: str, prompts: list[str], streams: int, rounds: int, **field
     return rows
 
 
-def through_http(address: str, engine: Engine, prompts: list[str], tokens: int, temperature: float) -> dict[str, Any]:
+def through_http(
+    address: str, engine: Engine, prompts: list[list[int]], tokens: int, temperature: float
+) -> dict[str, Any]:
     """Return the speed of single texts through HTTP and from the decoder of `generate`: behind the prompt, in turn."""
     spent, written = [0.0, 0.0], [0, 0]
     with open_decoder(engine, SamplingParams(temperature)) as decoder:
         for seed, prompt in enumerate(prompts):
-            request = engine.request(prompt, tokens, sampling=SamplingParams(temperature, seed=seed))
-            generation, seconds = decoder.time(replace(request, prompt=request.prompt[: engine.context - tokens]))
+            generation, seconds = decoder.time(Request(prompt, tokens, SamplingParams(temperature, seed=seed)))
             answer = asyncio.run(ask(address, prompt=prompt, max_tokens=tokens, temperature=temperature, seed=seed))
             for i, (n, s) in enumerate(((len(generation.tokens), seconds), (answer.tokens, answer.rest_s))):
                 written[i] += n
@@ -180,6 +190,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 @click.option("--streams", default="1,4,16", show_default=True)
 @click.option("--texts", default=2, show_default=True, help="Texts of each stream; of a single one: 4 times as many.")
 @click.option("--max_tokens", default=96, show_default=True)
+@click.option("--prompt_tokens", default=512, show_default=True, help="Of each prompt at the most.")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--rounds", default=2, show_default=True, help="How often every text is written each way.")
 @click.option("--cached", is_flag=True, help="Prompts are in the cache before the clock starts.")
@@ -190,6 +201,7 @@ def main(
     streams: str,
     texts: int,
     max_tokens: int,
+    prompt_tokens: int,
     temperature: float,
     rounds: int,
     cached: bool,
@@ -204,10 +216,12 @@ def main(
         os.environ |= {"MODEL_PATH": str(scaled.model), "MEDUSA_WEIGHTS_PATH": str(scaled.heads)}
     else:
         os.environ |= {"MODEL_PATH": str(BUNDLED), "MEDUSA_WEIGHTS_PATH": ""}
-    prompts, engine = read_prompts(PROMPTS / "python.jsonl"), open_engine(Settings.load())
+    engine = open_engine(Settings.load())
+    prompts = [engine.model.tokenize(text).tolist()[:prompt_tokens] for text in read_prompts(PROMPTS / "python.jsonl")]
     about = {**facts(engine), "temperature": temperature, "max_tokens": max_tokens}
     about["command"] = " ".join(["python", "benchmarks/serve.py", *sys.argv[1:]])
-    with server(N_PARALLEL=str(max(numbers))) as address:
+    with server(N_PARALLEL=str(max(numbers))) as running:
+        address = running.address
         if against_generate:
             about |= through_http(address, engine, prompts[:against_generate], max_tokens, temperature)
             click.echo(f"HTTP {about['http']:.1f}, generate {about['generate']:.1f}: {about['http_of_generate']:.2f}")
