@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 HELLO = [{"role": "user", "content": "Hello"}]
-PATHS = {  # with a body that is right
+PATHS: dict[str, dict[str, Any]] = {  # with a body that is right
     "/v1/completions": {"prompt": "import os\n", "max_tokens": 3},
     "/v1/chat/completions": {"messages": HELLO, "max_tokens": 3},
     "/tokenize": {"content": "import os"},
@@ -69,7 +69,7 @@ def bodies(seed: int) -> Iterator[tuple[str, bytes]]:
     rng = random.Random(seed)
     while True:
         path = rng.choices(list(PATHS), [6, 4, 1, 1, 1])[0]
-        body: dict[str, Any] = dict(PATHS[path])
+        body = dict(PATHS[path])
         for _ in range(rng.randrange(5)):
             name = rng.choice([*FIELDS, "grammar", "response_format", "model", "\ud800", ""])
             body[name] = _value(rng, name)

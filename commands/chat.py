@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -146,10 +147,10 @@ def ctrl_c() -> Iterator[list[int]]:
 
 def lines() -> Iterator[str]:
     """Yield what the user types, line by line; a backslash at the end goes on with the next."""
-    text, source = "", click.get_text_stream("stdin")
+    text = ""
     while True:
         click.echo("> ", nl=False, err=True)
-        line = source.readline()
+        line = sys.stdin.readline()
         if not line:
             return
         text += line[:-2] + "\n" if line.endswith("\\\n") else line.rstrip("\n")

@@ -241,6 +241,24 @@ def test_texts_from_one_prompt_read_it_once() -> None:
     assert all(slot.tokens == alone(base, slot) for slot in slots)
 
 
+def test_a_prompt_that_is_looked_at_is_read_whole_and_shown() -> None:
+    base, rows = Counting(), list[npt.NDArray[np.float32]]()
+    batch = Batch(base, FixedPlan(), places=2, cells=2000, chunk=8, keep=True)
+    prompt = list(range(30))
+    text_with(base, batch, prompt)
+    slot = Slot(list(prompt), 30, Sampler(SamplingParams()), lambda token: False)
+    assert batch.admit(slot, look=lambda logits: rows.extend(logits.copy()))
+    while not slot.finished:
+        batch.step()
+    assert len(batch) == slot.reused == 0 and slot.tokens == prompt, "no room for more: done when it is read"
+    assert len(rows) == 29 and all(np.array_equal(row, base.logits_of(prompt[: i + 1])) for i, row in enumerate(rows))
+    fresh = Slot(list(prompt), 33, Sampler(SamplingParams()), lambda token: False)
+    assert batch.admit(fresh, fresh=True)
+    while not fresh.finished:
+        batch.step()
+    assert fresh.reused == 0 and fresh.tokens == alone(base, fresh)
+
+
 def test_kept_texts_make_room_the_least_recently_used_first() -> None:
     base = Counting(n_ctx=200)
     batch = Batch(base, FixedPlan(), places=8, cells=200, keep=True)

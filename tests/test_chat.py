@@ -20,6 +20,7 @@ from model.decoding.planning import FixedPlan
 from model.decoding.sampling import SamplingParams
 from model.engine import Decoder, Engine, EngineOptions
 from model.errors import ContextError
+from model.serving.jobs import Piece
 
 TURNS = ["def read(path):\n", "    return ", "class Stack:\n"]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>"
@@ -87,7 +88,7 @@ def test_an_answer_that_is_stopped_leaves_the_cache_in_order(engine: Engine, dec
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
     show, shown = module.show, list[str]()
 
-    def press(piece: module.Piece) -> None:
+    def press(piece: Piece) -> None:
         show(piece)
         shown.append(piece.text)
         if len(shown) == 2:

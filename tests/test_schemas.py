@@ -12,7 +12,7 @@ from model.serving.fields import parse
 from model.serving.jobs import Job, ModelInfo, Sampling
 from model.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TextRequest
 
-INFO = ModelInfo("fake", "F32", 512, 1000, "heads", 4, True)
+INFO = ModelInfo("fake", "F32", 512, 1000, "heads", 4, 2048, True)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
