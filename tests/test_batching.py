@@ -271,6 +271,25 @@ def test_kept_texts_make_room_the_least_recently_used_first() -> None:
     assert text_with(base, batch, prompts[1]).reused == 0
 
 
+def test_a_text_that_has_cost_more_than_it_can_save_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, clock = Counting(), [0.0]
+
+    def slow(tokens: npt.NDArray[np.int32], pos: int, seq: int) -> None:
+        clock[0] += 0.01 * len(tokens)
+        Counting.prefill(base, tokens, pos, seq)
+
+    monkeypatch.setattr(base, "prefill", slow)
+    monkeypatch.setattr("model.decoding.batching.perf_counter", lambda: clock[0])
+    batch = Batch(base, FixedPlan(), places=3, cells=2000, keep=True, cell_s=0.0001)  # so for 100 steps of texts
+    first, other = [1] * 40, [2] * 40
+    text_with(base, batch, first)
+    text_with(base, batch, other, 90)
+    assert text_with(base, batch, first).reused == 39
+    text_with(base, batch, other, 90)
+    text_with(base, batch, other, 20)
+    assert text_with(base, batch, first).reused == 0
+
+
 def test_the_common_beginning() -> None:
     rng = np.random.default_rng(0)
     for _ in range(200):
@@ -295,8 +314,8 @@ class Pass:
         self.plan = plan
         for n in range(1, slots + 1):
             for _ in range(2):
-                plan._clock.begin(n, 0)
-                plan._clock.note(n, curve(self.times).seconds_for(n, 0))
+                plan.clock.begin(n, 0)
+                plan.clock.note(n, curve(self.times).seconds_for(n, 0))
 
     def nodes(self) -> list[int]:
         return [len(proposal.tree) - 1 for proposal in self.plan.propose_all(self.slots)]

@@ -36,7 +36,7 @@ class _Place:
     running: bool = False
     fresh: bool = False  # its slot reads its whole prompt
     look: Look | None = None
-    used: int = 0  # when, in passes
+    used: int = 0  # when, in steps of texts
 
     @property
     def cached(self) -> int:
@@ -49,7 +49,9 @@ class Batch:
     places: slots at a time, each with sequence ids of its own. cells: tokens that the cache holds for all of them.
     chunk: the most prompt tokens between two passes, so that a long prompt doesn't hold up the running texts; stall_s:
     the most seconds that they may take, going by those before (0: whatever they take).
-    keep: leave finished texts in the cache until room is needed, and let prompts that begin alike share cells.
+    keep: leave finished texts in the cache until room is needed, and let prompts that begin alike share cells. cell_s:
+    seconds that a cell costs a row of a pass, whose text it is or not: a text that has cost as much as reading it again
+    would goes too (0: it costs nothing).
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Batch:
         chunk: int = 512,
         stall_s: float = 0.0,
         keep: bool = False,
+        cell_s: float = 0.0,
     ) -> None:
         lanes = plan.lanes
         assert places * lanes <= base.n_seq_max, f"{places} slots of {lanes} lanes, {base.n_seq_max} sequences"
@@ -70,7 +73,7 @@ class Batch:
         self._places = [_Place(range(i * lanes, (i + 1) * lanes)) for i in range(places)]
         self._feeding: deque[_Place] = deque()
         self._running: list[_Place] = []
-        self._passes = 0
+        self._rows, self._cell_s = 0, cell_s  # texts' steps so far
         self._stall_s, self._token_s = stall_s, 0.0  # seconds of one prompt token among many
 
     def __len__(self) -> int:
@@ -114,7 +117,7 @@ class Batch:
             for lane in place.lanes:
                 self._base.seq_rm(lane, shared, -1)
         slot.lanes, slot.reused = place.lanes, shared
-        place.slot, place.tokens, place.done, place.used = slot, slot.tokens, shared, self._passes
+        place.slot, place.tokens, place.done, place.used = slot, slot.tokens, shared, self._rows
         place.fresh, place.look = fresh, look
         self._borrow(place)
         for other in sorted(free, key=lambda place: place.used):
@@ -156,8 +159,9 @@ class Batch:
         slots = [place.slot for place in self._running if place.slot is not None]
         writing = [slot for slot in slots if len(slot.tokens) < slot.limit]
         if writing:
-            self._passes += 1
+            self._rows += len(writing)
             step(self._base, writing, self._plan)
+            self._forget()
         finished = [slot for slot in slots if slot.finished or len(slot.tokens) >= slot.limit]
         for slot in finished:
             slot.finished = True
@@ -168,7 +172,7 @@ class Batch:
         """Free the place of a slot, finished or not; its cells go too, or are kept until room is needed."""
         place = next(place for place in self._places if place.slot is slot)
         place.done, place.tokens = place.cached, slot.tokens[: place.cached]
-        place.slot, place.running, place.used = None, False, self._passes
+        place.slot, place.running, place.used = None, False, self._rows
         self._running = [other for other in self._running if other is not place]
         self._feeding = deque(other for other in self._feeding if other is not place)
         if not self._keep:
@@ -179,6 +183,14 @@ class Batch:
         for place in self._places:
             if place.slot is None and place.done:
                 self._empty(place)
+
+    def _forget(self) -> None:
+        """Empty the places whose texts, unused, have cost more time than reading them again takes."""
+        if self._cell_s and self._token_s:
+            patience = self._token_s / self._cell_s
+            for place in self._places:
+                if place.slot is None and place.done and self._rows - place.used > patience:
+                    self._empty(place)
 
     def _empty(self, place: _Place) -> None:
         for lane in place.lanes:

@@ -81,7 +81,7 @@ class LivePlan:
         most_rows: int = 512,
     ) -> None:
         self.draft_s, self._branch = draft_s, branch
-        self._clock = Clock(curve, most_rows)
+        self.clock = Clock(curve, most_rows)
         self._first: Slot | None = None  # of the pass that was proposed last: its times are noted once
         self._trees = [Tree(paths[:n]) for n in range(len(paths) + 1)]
         self._depths = self._trees[-1].max_depth
@@ -111,7 +111,7 @@ class LivePlan:
         self._first, roots, context = slots[0], len(slots), sum(len(slot.tokens) for slot in slots)
         looks = [self._look(slot) for slot in slots]
         counts = [(0, 0)] * roots
-        if not self._clock.begin(roots, context):
+        if not self.clock.begin(roots, context):
             counts = [self._alone(*looks[0])] if roots == 1 else self._shared(slots, looks, context)
         return [
             NOTHING if live is None else Proposal(self._trees[nodes if slot.hidden is not None else 0], following, more)
@@ -129,7 +129,7 @@ class LivePlan:
         for slot, (live, following) in zip(slots, looks, strict=True):
             branch, heads = self._worths(live, live.match if following else 0) if live is not None else ([], [])
             worths.append((branch, heads if slot.hidden is not None and slot.drafter is not None else []))
-        (every, offered), (plain, drafted) = self._clock.seconds(context), self._clock.drift(len(slots))
+        (every, offered), (plain, drafted) = self.clock.seconds(context), self.clock.drift(len(slots))
         plain_s = WORTH * plain * float(every[len(slots) - 1])
         counts = share(worths, plain_s, drafted * offered, self.draft_s)
         return [(nodes, min(branch, room - nodes)) for nodes, branch in counts]
@@ -159,7 +159,7 @@ class LivePlan:
     def learn(self, slot: Slot, proposal: Proposal, tokens: list[int], won: list[int], rows: int, took: float) -> None:
         """See Plan."""
         if slot is self._first:
-            self._clock.note(rows, took)
+            self.clock.note(rows, took)
         live = slot.live
         if live is None:
             return
@@ -219,8 +219,8 @@ class LivePlan:
 
         favour: how much more drafting is made to earn than is expected.
         """
-        most = min(self.max_nodes, self._clock.curve.sizes[-1])
-        seconds, (plain, drafted) = self._clock.seconds(len(slot.tokens))[1][:most], self._clock.drift(1)
+        most = min(self.max_nodes, self.clock.curve.sizes[-1])
+        seconds, (plain, drafted) = self.clock.seconds(len(slot.tokens))[1][:most], self.clock.drift(1)
         heads = slot.drafter is not None and not live.rests[0]
         scale = (np.array(live.hits) + DOUBT) / (np.array(live.expected) + DOUBT)
         rates = np.minimum(1.0, self._rates * scale)

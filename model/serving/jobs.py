@@ -106,6 +106,22 @@ class Failed:
 Event = Started | Piece | Finished | Failed
 
 
+def merged(events: list[Event]) -> list[Event]:
+    """Join a text's pieces where they follow each other; another text's events may stand between."""
+    out, open_pieces = list[Event](), dict[str, int]()
+    for event in events:
+        at = open_pieces.get(event.id) if isinstance(event, Piece) else open_pieces.pop(event.id, None)
+        if isinstance(event, Piece) and at is not None:
+            before = out[at]
+            assert isinstance(before, Piece)
+            out[at] = Piece(event.id, before.text + event.text, before.tokens + event.tokens)
+            continue
+        if isinstance(event, Piece):
+            open_pieces[event.id] = len(out)
+        out.append(event)
+    return out
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What the server tells of the model."""

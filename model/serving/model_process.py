@@ -16,21 +16,24 @@ from collections import deque
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from model.base.chat import template_of
 from model.base.grammar import GbnfGrammar, schema_to_gbnf
 from model.base.llama import MAX_SEQUENCES
 from model.decoding.batching import Batch
+from model.decoding.live import LivePlan
 from model.decoding.planning import FixedPlan
 from model.decoding.sampling import SamplingParams
 from model.engine import Engine, EngineOptions
 from model.errors import ContextError, MedusaError, UsageError
 from model.measuring.choosing import Wish, choose, trial_requests
-from model.serving.jobs import Event, Failed, Job, ModelInfo
+from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Started, merged
 from model.serving.writing import Writing
 
 log = logging.getLogger(__name__)
+GATHER_S = 0.01  # that text may wait for more: small models take a step in less than passing it on takes
 STALL_S = 0.1  # that prompts may hold up running texts between two passes
 CACHE_BYTES = 1 << 30  # of the KV cache, where nobody says how many cells; one context's at the least
 
@@ -72,6 +75,7 @@ def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
         outbox.send(("refused", str(error)))
         return
     outbox.send(("ready", model.info))
+    events, sent = list[Event](), 0.0
     while True:
         while not (commands.empty() and model.busy):
             command = commands.get()
@@ -80,9 +84,11 @@ def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
             answer = model.take(*command)
             if answer is not None:
                 outbox.send(("answer", *answer))
-        events = model.work()
-        if events:
-            outbox.send(("events", events, model.cached))
+        events += model.work()
+        hurry = not model.busy or any(isinstance(event, Started | Finished) for event in events)
+        if events and (hurry or perf_counter() - sent > GATHER_S):
+            outbox.send(("events", merged(events), model.cached))
+            events, sent = [], perf_counter()
 
 
 def _listen(inbox: Connection, commands: queue.SimpleQueue[tuple[Any, ...]]) -> None:
@@ -130,7 +136,16 @@ class ServedModel:
         )
 
     def _new_batch(self) -> Batch:
-        return Batch(self._base, self._plan, places=self._slots, cells=self._base.n_ctx, stall_s=STALL_S, keep=True)
+        cell_s = self._plan.clock.cell_s if isinstance(self._plan, LivePlan) else 0.0
+        return Batch(
+            self._base,
+            self._plan,
+            places=self._slots,
+            cells=self._base.n_ctx,
+            stall_s=STALL_S,
+            keep=True,
+            cell_s=cell_s,
+        )
 
     @property
     def busy(self) -> bool:
