@@ -21,25 +21,16 @@ from commands.requantize import requantize_command
 from commands.serve import serve
 from commands.tune import tune
 from commands.verify import verify
-from model.errors import MedusaError
+from model.training.command import one_line
 
 
 class Commands(click.Group):
-    """Turns our errors into one line and exit status 2."""
+    """Tells of errors in one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        try:
+        with one_line():
             return super().invoke(ctx)
-        except MedusaError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("stopped", err=True)
-            sys.exit(130)
 
 
 @click.group(
