@@ -90,9 +90,7 @@ async def ask(address: str, **fields: Any) -> Answer:
     place = urlsplit(address)
     body = json.dumps({"stream": True, **fields}).encode()
     reader, writer = await asyncio.open_connection(place.hostname, place.port, limit=1 << 20)
-    head = (
-        f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
-    )
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n"
     since, first, last, timings = perf_counter(), 0.0, 0.0, None
     writer.write(f"{head}Connection: close\r\n\r\n".encode() + body)
     async for line in reader:
@@ -100,9 +98,11 @@ async def ask(address: str, **fields: Any) -> Answer:
             first, last = first or perf_counter(), perf_counter()
             if b'"timings"' in line:
                 timings = json.loads(line[6:])["timings"]
+        elif line.startswith(b"{"):
+            raise click.ClickException(line.decode())
     writer.close()
     if timings is None:
-        raise click.ClickException("a text was not finished; LOG_LEVEL=INFO tells why")
+        raise click.ClickException("a text was not finished")
     return Answer(first - since, last - first, timings)
 
 
