@@ -1,7 +1,7 @@
 """The server under load: Medusa against `draft: none` in one server, in turn, by streams at a time.
 
     python benchmarks/serve.py                                                  # the bundled model
-    python benchmarks/serve.py --type bf16 --texts 1 --max_tokens 40 --cached   # scale_up.py's: 1 B parameters
+    python benchmarks/serve.py --type bf16 --max_tokens 32 --cached   # scale_up.py's: 1 B parameters
 
 Starts `main.py` itself. Every stream is a client of its own that has one text after the other written. Prompts are read
 whole, or with `--cached` are in the cache before the clock starts. Clients and server share the machine's cores. One
@@ -188,7 +188,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 @click.command()
 @click.option("--type", "kind", help="Of scale_up.py's 1 B model; without it, the bundled model.")
 @click.option("--streams", default="1,4,16", show_default=True)
-@click.option("--texts", default=2, show_default=True, help="Texts of each stream; of a single one: 4 times as many.")
+@click.option("--texts", default=2, show_default=True, help="Texts of each stream; of a single one: twice as many.")
 @click.option("--max_tokens", default=96, show_default=True)
 @click.option("--prompt_tokens", default=512, show_default=True, help="Of each prompt at the most.")
 @click.option("--temperature", default=0.0, show_default=True)
@@ -227,7 +227,7 @@ def main(
             click.echo(f"HTTP {about['http']:.1f}, generate {about['generate']:.1f}: {about['http_of_generate']:.2f}")
         engine.model.close()
         for n in numbers:
-            wanted = [prompts[i % min(len(prompts), max(numbers))] for i in range(n * texts * (4 if n == 1 else 1))]
+            wanted = [prompts[i % min(len(prompts), max(numbers))] for i in range(max(n, 2) * texts)]
             fields = {"max_tokens": max_tokens, "temperature": temperature, "cache_prompt": cached}
             rows += compare(address, wanted, n, rounds, **fields)
             click.echo("\n".join(markdown(rows[-2:], about).splitlines()[4:6]))

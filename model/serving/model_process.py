@@ -113,7 +113,7 @@ class ServedModel:
         nodes, lanes = self._plan.max_nodes, self._plan.lanes
         if options.slots * lanes > MAX_SEQUENCES:
             raise UsageError(f"{options.slots} slots of {lanes} lanes: llama.cpp has {MAX_SEQUENCES} sequences")
-        affordable = min(engine.context * options.slots, CACHE_BYTES // _cell_bytes(engine))
+        affordable = min(engine.context * options.slots, CACHE_BYTES // engine.cell_bytes)
         cells = max(options.cells or affordable, engine.context)
         cells += (options.slots - 1) * (nodes - 1)
         self._base = engine.base(self._plan, sequences=options.slots * lanes, context=cells)
@@ -254,12 +254,3 @@ class ServedModel:
             self._base.clear()
             self._batch = self._new_batch()
         return out
-
-
-def _cell_bytes(engine: Engine) -> int:
-    """Return about how many bytes of KV cache a token takes: as if all heads were of one size."""
-    facts, kind = engine.file.metadata, engine.file.architecture
-    heads, shared = (facts.get(f"{kind}.attention.head_count{suffix}") for suffix in ("", "_kv"))
-    share = shared / heads if isinstance(heads, int) and heads and isinstance(shared, int) else 1.0
-    size = {"f32": 4.0, "q8_0": 1.07, "q4_0": 0.57}.get(engine.options.kv_type, 2.0)
-    return max(1, int(2 * size * engine.file.n_layer * engine.file.n_embd * share))
