@@ -104,6 +104,8 @@ def test_slots_show_what_runs(worker: FakeWorker) -> None:
     busy, idle = asyncio.run(look())
     assert busy["is_processing"] and busy["n_decoded"] >= 1 and busy["draft"] == "medusa"
     assert (busy["n_prompt_tokens"], busy["n_prompt_tokens_cached"]) == (6, 3) and "secret" not in json.dumps(busy)
+    assert 0 <= busy["n_accepted"] < busy["n_decoded"] and busy["n_remain"] == 500 - busy["n_decoded"]
+    assert busy["tokens_per_second"] > 0 == busy["temperature"] - 1
     assert idle == {"id": 1, "is_processing": False}
 
 
