@@ -20,7 +20,7 @@ SPAN = 64  # tokens of context that count as the same
 class Clock:
     """The times of one context's passes.
 
-    curve: seconds of a step but for the heads, by rows. most_rows: of a pass, the roots included.
+    curve: seconds of a step but for the heads, by rows. most_rows: of a pass, the roots included, which are fewer.
     """
 
     def __init__(self, curve: CostCurve, most_rows: int) -> None:

@@ -255,7 +255,7 @@ def live_plan(
     drafting = tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes)[1:] if tuning.draft_s else []
     best = max((c.speedup for c in drafting), default=0.0)
     if best < HOPEFUL:
-        return LivePlan(tuning.curve, branch=branch, most_rows=min(512, engine.context)), None
+        return LivePlan(tuning.curve, branch=branch), None
     near = [c.tree for c in drafting if c.speedup >= NEARLY * best]
     depth, nodes = max(t.max_depth for t in near), max(len(t) for t in near) - 1
     accuracies = np.array(tuning.accuracies)[:depth]
@@ -267,6 +267,5 @@ def live_plan(
         draft_s=tuning.draft_s[depth - 1],
         branch=branch,
         max_nodes=engine.options.max_nodes,
-        most_rows=min(512, engine.context),
     )
     return plan, engine.drafter(Tree(paths), draft_vocab)
