@@ -271,16 +271,10 @@ def test_kept_texts_make_room_the_least_recently_used_first() -> None:
     assert text_with(base, batch, prompts[1]).reused == 0
 
 
-def test_a_text_that_has_cost_more_than_it_can_save_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
-    base, clock = Counting(), [0.0]
-
-    def slow(tokens: npt.NDArray[np.int32], pos: int, seq: int) -> None:
-        clock[0] += 0.01 * len(tokens)
-        Counting.prefill(base, tokens, pos, seq)
-
-    monkeypatch.setattr(base, "prefill", slow)
-    monkeypatch.setattr("model.decoding.batching.perf_counter", lambda: clock[0])
-    batch = Batch(base, FixedPlan(), places=3, cells=2000, keep=True, cell_s=0.0001)  # so for 100 steps of texts
+def test_a_text_that_nobody_comes_back_to_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.decoding.batching.PATIENCE", 100)
+    base = Counting()
+    batch = Batch(base, FixedPlan(), places=3, cells=2000, keep=True)
     first, other = [1] * 40, [2] * 40
     text_with(base, batch, first)
     text_with(base, batch, other, 90)

@@ -30,13 +30,6 @@ class Clock:
         self._drifts: dict[int, list[float]] = {}
         self._roots, self._context, self._since_plain = 1, 0, 0
 
-    @property
-    def cell_s(self) -> float:
-        """Seconds that a cell more in the cache costs a row, as measured between short and long contexts."""
-        short, long = self.curve.contexts[0], self.curve.contexts[-1]
-        more = self.curve.seconds_for(1, long) - self.curve.seconds_for(1, short)
-        return max(0.0, more / max(1, long - short))
-
     def begin(self, roots: int, context: int) -> bool:
         """Take note of the next pass's texts and of their tokens; say whether it should go without drafts."""
         self._roots, self._context = roots, context

@@ -23,7 +23,6 @@ from model.base.chat import template_of
 from model.base.grammar import GbnfGrammar, schema_to_gbnf
 from model.base.llama import MAX_SEQUENCES
 from model.decoding.batching import Batch
-from model.decoding.live import LivePlan
 from model.decoding.planning import FixedPlan
 from model.decoding.sampling import SamplingParams
 from model.engine import Engine, EngineOptions
@@ -136,16 +135,7 @@ class ServedModel:
         )
 
     def _new_batch(self) -> Batch:
-        cell_s = self._plan.clock.cell_s if isinstance(self._plan, LivePlan) else 0.0
-        return Batch(
-            self._base,
-            self._plan,
-            places=self._slots,
-            cells=self._base.n_ctx,
-            stall_s=STALL_S,
-            keep=True,
-            cell_s=cell_s,
-        )
+        return Batch(self._base, self._plan, places=self._slots, cells=self._base.n_ctx, stall_s=STALL_S, keep=True)
 
     @property
     def busy(self) -> bool:
