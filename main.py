@@ -14,31 +14,23 @@ from typing import Any
 import click
 
 from commands.bench import bench
+from commands.chat import chat
 from commands.demo import demo
 from commands.generate import generate
 from commands.requantize import requantize_command
 from commands.serve import serve
 from commands.tune import tune
 from commands.verify import verify
-from model.errors import MedusaError
+from model.training.command import one_line
 
 
 class Commands(click.Group):
-    """Turns our errors into one line and exit status 2."""
+    """Tells of errors in one line."""
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run a command."""
-        try:
+        with one_line():
             return super().invoke(ctx)
-        except MedusaError as error:
-            click.echo(f"error: {error}", err=True)
-            sys.exit(2)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except (KeyboardInterrupt, click.Abort):
-            click.echo("stopped", err=True)
-            sys.exit(130)
 
 
 @click.group(
@@ -53,7 +45,7 @@ def cli(ctx: click.Context) -> None:
         ctx.invoke(serve)
 
 
-for command in (serve, generate, bench, tune, requantize_command, verify, demo):
+for command in (serve, chat, generate, bench, tune, requantize_command, verify, demo):
     cli.add_command(command)
 
 if __name__ == "__main__":

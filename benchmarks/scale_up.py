@@ -30,8 +30,9 @@ from config import HEADS_FOLDER, usable_cores  # noqa: E402
 from model.base.gguf_file import GGUFFile, requantize  # noqa: E402
 from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
 from model.engine import find_heads  # noqa: E402
-from model.errors import HeadsError, MedusaError  # noqa: E402
+from model.errors import HeadsError  # noqa: E402
 from model.heads.files import base_facts, load_heads, new_heads, save_heads  # noqa: E402
+from model.training.command import one_line  # noqa: E402
 
 BUNDLED = ROOT / "models" / "tiny-python.Q4_0.gguf"
 OUT = ROOT / "build" / "scaled"
@@ -152,11 +153,8 @@ def grow_heads(source: Path, base: GGUFFile, large: GGUFFile, target: Path) -> N
 def main(shape: str, kind: str, output_type: str | None, base: Path, heads: Path | None, out: Path) -> None:
     """Build a model that behaves as a small one and costs as much as a large one."""
     start = perf_counter()
-    try:
+    with one_line():
         scaled = build(shape, kind, output_type, base=base, heads=heads, out=out)
-    except MedusaError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
     size, seconds = scaled.model.stat().st_size / 1e9, perf_counter() - start
     click.echo(f"{os.path.relpath(scaled.model)}: {size:.2f} GB, {seconds:.0f} s")
     click.echo(f"{scaled.variables()} python main.py bench")

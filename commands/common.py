@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import click
 
 from config import HEADS_FOLDER, ROOT, Settings
 from model.decoding.generation import Request
+from model.decoding.planning import Draft
 from model.decoding.sampling import SamplingParams
 from model.engine import Decoder, Engine, EngineOptions
+from model.measuring.choosing import Wish, choose, trial_requests
 from model.measuring.report import read_prompts
-from model.measuring.tuning import BRANCH, Tuning, live_decoder, tuned
-from model.trees.tree import Tree
 
 PROMPTS = ROOT / "benchmarks" / "prompts"
 
@@ -46,46 +45,29 @@ def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
     return Engine(settings.model_path, engine_options(settings), weights or settings.medusa_weights_path, HEADS_FOLDER)
 
 
-def tune_engine(engine: Engine, sampling: SamplingParams, draft: str, draft_vocab: int | None) -> Tuning:
-    """Return what this machine's steps cost and its guesses win: measured once for model, heads and machine."""
-    return tuned(
-        engine,
-        trial_requests(engine, sampling),
-        heads=draft in ("medusa", "both"),
-        draft_vocab=draft_vocab,
-        told=lambda: click.echo("measuring what pays here (once for this model, heads and machine) ...", err=True),
-    )
+def trial(engine: Engine, sampling: SamplingParams) -> list[Request]:
+    """Return the requests that drafts are timed on."""
+    return trial_requests(engine, read_prompts(PROMPTS / "trial.jsonl"), sampling)
 
 
 def open_decoder(
-    engine: Engine, sampling: SamplingParams, *, tree_text: str, draft: str, plan: str, draft_vocab: int | None
+    engine: Engine,
+    sampling: SamplingParams,
+    *,
+    tree_text: str = "auto",
+    draft: Draft = "auto",
+    plan: str = "live",
+    draft_vocab: int | None = None,
 ) -> Decoder:
-    """Make the decoder that the options ask for.
-
-    draft "auto": from the text so far and, where the model has heads, with them; a tree that is given is drafted by
-    the heads alone. plan "live": what pays now; "fixed": the same tree in every step, so that runs can be repeated.
-    """
-    if draft == "auto":
-        draft = "medusa" if tree_text != "auto" else "both" if engine.weights is not None else "ngram"
-    branch = min(BRANCH, engine.options.max_nodes - 1) if draft in ("ngram", "both") else 0
-    if draft == "none":
-        return engine.decoder()
-    if tree_text != "auto":
-        tree = engine.check_tree(Tree.parse(tree_text))
-        branch = min(branch, engine.options.max_nodes - len(tree))
-        return engine.decoder(tree, branch=branch, draft_vocab=draft_vocab)
-    tuning = tune_engine(engine, sampling, draft, draft_vocab)
-    if plan == "live":
-        return live_decoder(engine, tuning, ngrams=branch > 0, draft_vocab=draft_vocab)
-    best = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes)
-    branch = min(branch, engine.options.max_nodes - len(best.tree))
-    return engine.decoder(best.tree, branch=branch, draft_vocab=draft_vocab)
-
-
-def trial_requests(engine: Engine, sampling: SamplingParams) -> list[Request]:
-    """Return the requests that trees are timed on; their prompts fill half of the context at the most."""
-    requests = [engine.request(p, 64, sampling=sampling) for p in read_prompts(PROMPTS / "trial.jsonl")]
-    return [replace(r, prompt=r.prompt[: engine.context // 2]) for r in requests]
+    """Make the decoder that the options ask for, telling of a measurement."""
+    wish = Wish(draft, "" if tree_text == "auto" else tree_text, plan == "fixed", draft_vocab)
+    chosen = choose(
+        engine,
+        wish,
+        trial(engine, sampling),
+        told=lambda: click.echo("measuring what pays here (once for this model, heads and machine) ...", err=True),
+    )
+    return engine.decoder_for(chosen.plan, chosen.drafter, ngrams=chosen.ngrams)
 
 
 sampling_options = [

@@ -11,13 +11,12 @@ from typing import Any
 
 import click
 
-from commands.common import PROMPTS, open_engine, tune_engine
+from commands.common import PROMPTS, open_decoder, open_engine
 from config import HEADS_FOLDER, Settings
 from model.decoding.sampling import SamplingParams
 from model.engine import Engine
 from model.errors import MedusaError
 from model.measuring.report import read_prompts, table
-from model.measuring.tuning import live_decoder
 
 DEMO_TOKENS_PER_MINUTE = 100_000  # states once and three epochs, on two cores
 
@@ -80,7 +79,7 @@ def in_turn(engine: Engine, texts: list[str], max_tokens: int, runs: int = 3) ->
     for temperature in (0.0, 0.8):
         sampling = SamplingParams(temperature)
         requests = [engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(texts)]
-        with live_decoder(engine, tune_engine(engine, sampling, "both", 0), ngrams=True) as medusa:
+        with open_decoder(engine, sampling, draft="both") as medusa:
             [result] = compare(engine, requests, medusa, runs=runs)
         results.append({"temperature": temperature, **result})
     return results

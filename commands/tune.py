@@ -11,7 +11,7 @@ import click
 from commands.common import (
     open_engine,
     prompts_option,
-    trial_requests,
+    trial,
 )
 from config import Settings
 from model.decoding.sampling import SamplingParams
@@ -53,9 +53,7 @@ def tune(
     heads = engine.weights is not None
     if not heads:
         click.echo(f"no heads for {engine.file.name}: only the text so far can draft", err=True)
-    tuning = tuned(
-        engine, trial_requests(engine, sampling), heads=heads, draft_vocab=draft_vocab, afresh=True, budget_s=3.0
-    )
+    tuning = tuned(engine, trial(engine, sampling), heads=heads, draft_vocab=draft_vocab, afresh=True, budget_s=3.0)
     choices = tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes)
     best = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes)
     click.echo(f"{engine.file.name} ({engine.file.file_type}), {engine.options.n_threads} threads")

@@ -135,6 +135,15 @@ class Engine:
         """How many heads may be used; 0 where MEDUSA_MAX_TOKENS_PER_STEP leaves room for the root alone."""
         return min(self.heads.config.k_heads, self.options.k_heads or 256, self.options.max_nodes - 1)
 
+    @property
+    def cell_bytes(self) -> int:
+        """About how many bytes of KV cache a token takes: as if all attention heads were of one size."""
+        facts, kind = self.file.metadata, self.file.architecture
+        heads, shared = (facts.get(f"{kind}.attention.head_count{suffix}") for suffix in ("", "_kv"))
+        share = shared / heads if isinstance(heads, int) and heads and isinstance(shared, int) else 1.0
+        size = {"f32": 4.0, "q8_0": 1.07, "q4_0": 0.57}.get(self.options.kv_type, 2.0)
+        return max(1, int(2 * size * self.file.n_layer * self.file.n_embd * share))
+
     def check_tree(self, tree: Tree) -> Tree:
         """Return the tree when these heads can draft it within the limits, else raise UsageError."""
         if tree.max_depth > self.n_heads:

@@ -60,6 +60,11 @@ class FakeBase:
     def prefill(self, tokens: npt.NDArray[np.int32], pos: int, seq: int) -> None:
         self.cells += [(pos + i, int(t), {seq}) for i, t in enumerate(tokens)]
 
+    def decode(self, tokens: npt.NDArray[np.int32], pos: int, seq: int, *, outputs: bool | None = None) -> None:
+        assert outputs, "only asked for with all logits"
+        self._batch = [(pos + i, int(t), {seq}) for i, t in enumerate(tokens)]
+        self.decode_placed(len(tokens))
+
     def logits(self, n: int) -> npt.NDArray[np.float32]:
         return self._logits[:n]
 

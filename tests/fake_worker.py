@@ -19,7 +19,7 @@ class FakeWorker:
     """Tokens are code points; a step wins one token and up to two drafted ones. Prompts in capitals misbehave."""
 
     def __init__(self, *, slots: int = 2, max_queue: int = 4, step_s: float = 0.0, context: int = 512) -> None:
-        self.info = ModelInfo("fake", "F32", context, 0x110000, "three heads", slots, True)
+        self.info = ModelInfo("fake", "F32", context, 0x110000, "three heads", slots, slots * context, True)
         self.ready = True
         self.max_queue, self.step_s = max_queue, step_s
         self.jobs: list[Job] = []
@@ -27,6 +27,7 @@ class FakeWorker:
         self.refusal = ""
         self.closed_with: float | None = None
         self.alive: set[str] = set()
+        self.cached = 0
         self._slots = asyncio.Semaphore(slots)
 
     async def wait_ready(self) -> None:

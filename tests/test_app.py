@@ -307,7 +307,8 @@ def test_the_worker_is_closed_with_the_server(worker: FakeWorker) -> None:
     assert worker.closed_with == 7.5
 
 
-def test_metrics_count(client: TestClient) -> None:
+def test_metrics_count(client: TestClient, worker: FakeWorker) -> None:
+    worker.cached = 77
     answers = [complete(client, "abcd", max_tokens=n, echo=n > 10) for n in (10, 20)]
     complete(client, n=0, status=400)
     complete(client, "a" * 600, status=400)
@@ -333,4 +334,5 @@ def test_metrics_count(client: TestClient) -> None:
     per_token = 0.5 / 10 + 0.5 / 20 + 2 * 0.5 / 5
     assert value["medusa_time_per_output_token_seconds_sum"] == pytest.approx(per_token)
     assert (value["medusa_queue_length"], value["medusa_running"], value["medusa_slots"]) == (0, 0, 2)
+    assert (value["medusa_kv_cells"], value["medusa_kv_cells_used"]) == (1024, 77)
     assert sum(a["usage"]["completion_tokens"] for a in answers) == 30

@@ -8,15 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from fake_base import FakeBase
-from test_planning import BF16, GOOD, Q4_K_M, live
+from test_planning import BF16, GOOD, Q4_K_M, curve, live
 from test_step import EXTRAS, Knowing, plain
 
 from model.decoding.batching import Batch, _common
 from model.decoding.live import LivePlan
 from model.decoding.ngram import NgramIndex
-from model.decoding.planning import FixedPlan, Plan
+from model.decoding.planning import FixedPlan, Plan, Proposal
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.sharing import SharedPlan
 from model.decoding.step import Slot
 from model.trees.search import grow
 from model.trees.tree import Tree
@@ -78,8 +77,8 @@ def run(batch: Batch, slots: list[Slot]) -> list[Slot]:
     return ended
 
 
-def shared_plan() -> SharedPlan:
-    return SharedPlan(live(tuple((n, 1 + n / 1000) for n in range(1, 65)), branch=3))  # drafts cost next to nothing
+def shared_plan() -> LivePlan:
+    return live(tuple((n, 1 + n / 1000) for n in range(1, 65)), branch=3)  # drafts cost next to nothing
 
 
 @pytest.mark.parametrize("keep", [False, True])
@@ -242,6 +241,24 @@ def test_texts_from_one_prompt_read_it_once() -> None:
     assert all(slot.tokens == alone(base, slot) for slot in slots)
 
 
+def test_a_prompt_that_is_looked_at_is_read_whole_and_shown() -> None:
+    base, rows = Counting(), list[npt.NDArray[np.float32]]()
+    batch = Batch(base, FixedPlan(), places=2, cells=2000, chunk=8, keep=True)
+    prompt = list(range(30))
+    text_with(base, batch, prompt)
+    slot = Slot(list(prompt), 30, Sampler(SamplingParams()), lambda token: False)
+    assert batch.admit(slot, look=lambda logits: rows.extend(logits.copy()))
+    while not slot.finished:
+        batch.step()
+    assert len(batch) == slot.reused == 0 and slot.tokens == prompt, "no room for more: done when it is read"
+    assert len(rows) == 29 and all(np.array_equal(row, base.logits_of(prompt[: i + 1])) for i, row in enumerate(rows))
+    fresh = Slot(list(prompt), 33, Sampler(SamplingParams()), lambda token: False)
+    assert batch.admit(fresh, fresh=True)
+    while not fresh.finished:
+        batch.step()
+    assert fresh.reused == 0 and fresh.tokens == alone(base, fresh)
+
+
 def test_kept_texts_make_room_the_least_recently_used_first() -> None:
     base = Counting(n_ctx=200)
     batch = Batch(base, FixedPlan(), places=8, cells=200, keep=True)
@@ -252,6 +269,19 @@ def test_kept_texts_make_room_the_least_recently_used_first() -> None:
     text_with(base, batch, [9] * 80, 20)
     assert text_with(base, batch, prompts[0]).reused == 39
     assert text_with(base, batch, prompts[1]).reused == 0
+
+
+def test_a_text_that_nobody_comes_back_to_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.decoding.batching.PATIENCE", 100)
+    base = Counting()
+    batch = Batch(base, FixedPlan(), places=3, cells=2000, keep=True)
+    first, other = [1] * 40, [2] * 40
+    text_with(base, batch, first)
+    text_with(base, batch, other, 90)
+    assert text_with(base, batch, first).reused == 39
+    text_with(base, batch, other, 90)
+    text_with(base, batch, other, 20)
+    assert text_with(base, batch, first).reused == 0
 
 
 def test_the_common_beginning() -> None:
@@ -267,14 +297,30 @@ class Pass:
     """Slots with drafts of known worth: what does a shared plan give them?"""
 
     def __init__(self, times: Any, slots: int, *, heads: bool = True, branch: int = 0) -> None:
-        self.live: LivePlan = live(times, heads=heads, branch=branch)
-        self.plan = SharedPlan(self.live)
+        self.times = times
         self.slots = [Slot([i] * 40, 999, Sampler(SamplingParams()), lambda t: False) for i in range(slots)]
         for slot in self.slots:
             slot.drafter, slot.hidden = Knowing([], [], GROWN), np.zeros((1, 8), np.float32)
+        self.know(live(times, heads=heads, branch=branch))
+
+    def know(self, plan: LivePlan, slots: int = 16) -> None:
+        """Let a plan see what plain passes take before it drafts."""
+        self.plan = plan
+        for n in range(1, slots + 1):
+            for _ in range(2):
+                plan.clock.begin(n, 0)
+                plan.clock.note(n, curve(self.times).seconds_for(n, 0))
 
     def nodes(self) -> list[int]:
         return [len(proposal.tree) - 1 for proposal in self.plan.propose_all(self.slots)]
+
+    def go(self, dearer: float) -> int:
+        """Make a pass, as dear as the curve says, with drafts so many times; return its rows."""
+        proposals = self.plan.propose_all(self.slots)
+        rows, roots = sum(len(p.tree) for p in proposals), len(proposals)
+        took = curve(self.times).seconds_for(rows, 0) * (dearer if rows > roots else 1.0)
+        self.plan.learn(self.slots[0], Proposal(Tree([]), [], 0), [0], [1], rows, took)
+        return rows
 
 
 @pytest.mark.parametrize("times", [BF16, Q4_K_M], ids=["BF16", "Q4_K_M"])
@@ -284,18 +330,13 @@ def test_trees_shrink_as_slots_come(times: Any) -> None:
     assert each[0] >= 2 or times is Q4_K_M, "there 12 rows take as long as 16, which four slots make use of"
 
 
-def test_one_slot_gets_what_the_live_plan_gives() -> None:
-    one = Pass(BF16, 1)
-    assert one.nodes() == [len(one.live.propose(one.slots[0]).tree) - 1]
-
-
 def test_nodes_go_to_the_texts_that_win_by_them() -> None:
     lot = Pass(BF16, 4)
     lot.nodes()
     for slot in lot.slots[:2]:  # their drafts have all been wrong
         assert slot.live is not None
         slot.live.expected = [50.0] * len(slot.live.expected)
-        lot.live._refresh(slot, slot.live)
+        lot.plan._refresh(slot, slot.live)
     nodes = lot.nodes()
     assert sum(nodes[:2]) == 0 < min(nodes[2:])
 
@@ -303,13 +344,21 @@ def test_nodes_go_to_the_texts_that_win_by_them() -> None:
 def test_passes_that_are_dearer_than_the_curve_says_draft_less() -> None:
     lot = Pass(BF16, 3)
     before = sum(lot.nodes())
+    plain = 0
     for _ in range(60):
-        proposals = lot.plan.propose_all(lot.slots)
-        rows = sum(len(p.tree) for p in proposals)
-        took = float(lot.live.curve.row(0, rows)[-1]) * (3.0 if rows > 3 else 1.0)
-        lot.plan._plan.learn = lambda *a: None  # type: ignore[method-assign]
-        lot.plan.learn(lot.slots[0], proposals[0], [], [], rows, took)
-    assert sum(lot.nodes()) < before
+        rows = lot.go(3.0)
+        plain += rows == 3
+    assert sum(lot.nodes()) == 0 < before and plain > 50
+    after = [lot.go(1.0) for _ in range(200)]
+    assert sum(after[-100:]) > 100 * (3 + before / 2), "what was dear is tried again, and found to pay"
+
+
+def test_now_and_then_a_pass_goes_without_drafts() -> None:
+    """Or nobody would notice that those have become cheap."""
+    lot = Pass(BF16, 3)
+    lot.plan = live(BF16)
+    rows = [lot.go(1.0) for _ in range(100)]
+    assert [i for i, n in enumerate(rows) if n == 3] == [0, 1, 50, 99]
 
 
 def test_a_request_that_wants_no_drafts_gets_none() -> None:
@@ -321,5 +370,5 @@ def test_a_request_that_wants_no_drafts_gets_none() -> None:
 
 def test_no_pass_is_wider_than_allowed() -> None:
     lot = Pass(BF16, 6)
-    lot.plan = SharedPlan(lot.live, most_rows=8)
-    assert sum(lot.nodes()) <= 2
+    lot.know(live(BF16, most_rows=16))
+    assert 0 < sum(lot.nodes()) <= 10

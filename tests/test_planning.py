@@ -32,10 +32,13 @@ def curve(times: tuple[tuple[int, float], ...]) -> CostCurve:
     return CostCurve((0,), tuple(n for n, _ in times), (tuple(t for _, t in times),))
 
 
-def live(times: tuple[tuple[int, float], ...], *, heads: bool = True, branch: int = 0) -> LivePlan:
+def live(
+    times: tuple[tuple[int, float], ...], *, heads: bool = True, branch: int = 0, most_rows: int = 512
+) -> LivePlan:
     if not heads:
         return LivePlan(curve(times), branch=branch)
-    return LivePlan(curve(times), paths=grow(GOOD, 15), accuracies=GOOD, draft_s=[DRAFT_S] * len(GOOD), branch=branch)
+    paths, draft_s = grow(GOOD, 15), [DRAFT_S] * len(GOOD)
+    return LivePlan(curve(times), paths=paths, accuracies=GOOD, draft_s=draft_s, branch=branch, most_rows=most_rows)
 
 
 class Looping(FakeBase):
@@ -83,39 +86,52 @@ def test_a_branch_leaves_the_tree_where_the_two_part() -> None:
 
 
 class World:
-    """Simulated decoding: true rates of guesses, a curve, noise on the clock."""
+    """Simulated decoding: true rates of guesses, a curve, noise on the clock. dearer: passes with drafts, secretly."""
 
-    def __init__(self, times: tuple[tuple[int, float], ...], rates: npt.NDArray[np.float64], seed: int = 0) -> None:
-        self.curve, self.rates, self.rng = curve(times), rates, np.random.default_rng(seed)
+    def __init__(
+        self, times: tuple[tuple[int, float], ...], rates: npt.NDArray[np.float64], seed: int = 0, dearer: float = 1.0
+    ) -> None:
+        self.curve, self.rates, self.rng, self.dearer = curve(times), rates, np.random.default_rng(seed), dearer
 
-    def run(self, plan: Plan, n: int, slot: Slot | None = None) -> float:
-        """Return tokens per second, plain decoding having one, over n tokens."""
-        slot = slot or Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
-        slot.hidden, spent, start = np.zeros((1, 4), np.float32), 0.0, len(slot.tokens)
-        while len(slot.tokens) - start < n:
-            proposal = plan.propose(slot)
-            tree = proposal.tree
-            truth, tokens, node = list[int](), [0] + [-1] * (len(tree) - 1), 0
-            while True:  # walk down: which child, if any, is right?
-                depth = len(truth)
-                draw, right = self.rng.random(), 0
-                for child in tree.children[node]:
-                    draw -= self.rates[depth, tree.ranks[child]] if depth < len(self.rates) else 1
-                    if draw < 0:
-                        right = child
-                        break
-                truth.append(100 + len(slot.tokens) + depth)
-                if not right:
-                    break
-                tokens[right] = truth[-1]
-                node = right
-            rows = len(tree)
+    def run(self, plan: Plan, n: int, *slots: Slot) -> float:
+        """Return the speed in multiples of plain decoding's, over n passes' worth of plain tokens."""
+        slots = slots or (drafted_slot(),)
+        spent, start = 0.0, [len(slot.tokens) for slot in slots]
+        for slot in slots:
+            slot.hidden = np.zeros((1, 4), np.float32)
+        while (won := sum(len(slot.tokens) for slot in slots) - sum(start)) < n * len(slots):
+            proposals = plan.propose_all(slots)
+            walks = [self._walk(proposal.tree, slot) for proposal, slot in zip(proposals, slots, strict=True)]
+            rows, states = sum(len(p.tree) for p in proposals), sum(len(p.tree) > 1 for p in proposals)
             took = self.curve.seconds_for(rows, 0) * float(self.rng.lognormal(0, 0.05))
-            spent += took + (DRAFT_S if rows > 1 else 0)
-            slot.tokens += truth
-            slot.hidden = np.zeros((1, 4), np.float32) if plan.wants_state(slot) else None
-            plan.learn(slot, proposal, tokens, truth, rows, took)
-        return (len(slot.tokens) - start) / spent
+            took *= self.dearer if states else 1.0
+            spent += took + (DRAFT_S * (0.9 + 0.1 * states) if states else 0)
+            for slot, proposal, (tokens, truth) in zip(slots, proposals, walks, strict=True):
+                slot.tokens += truth
+                slot.hidden = np.zeros((1, 4), np.float32) if plan.wants_state(slot) else None
+                plan.learn(slot, proposal, tokens, truth, rows, took)
+        return won / spent * self.curve.seconds_for(len(slots), 0) / len(slots)
+
+    def _walk(self, tree: Tree, slot: Slot) -> tuple[list[int], list[int]]:
+        """Return the tree's tokens and those won: which child, if any, is right?"""
+        truth, tokens, node = list[int](), [0] + [-1] * (len(tree) - 1), 0
+        while True:
+            depth = len(truth)
+            draw, right = self.rng.random(), 0
+            for child in tree.children[node]:
+                draw -= self.rates[depth, tree.ranks[child]] if depth < len(self.rates) else 1
+                if draw < 0:
+                    right = child
+                    break
+            truth.append(100 + len(slot.tokens) + depth)
+            if not right:
+                return tokens, truth
+            tokens[right] = truth[-1]
+            node = right
+
+
+def drafted_slot() -> Slot:
+    return Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
 
 
 @pytest.mark.parametrize("times", [BF16, Q4_0, Q4_K_M], ids=["BF16", "Q4_0", "Q4_K_M"])
@@ -140,7 +156,7 @@ def test_good_heads_earn_what_the_best_fixed_tree_earns(times: tuple[tuple[int, 
 def test_drafting_stops_where_the_text_turns_and_starts_again() -> None:
     world = World(BF16, GOOD)
     plan = live(BF16)
-    slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
+    slot = drafted_slot()
     first = world.run(plan, 300, slot)
     world.rates = 0 * GOOD
     world.run(plan, 100, slot)
@@ -169,9 +185,12 @@ def test_branches_rest_where_the_text_so_far_says_nothing_about_what_follows() -
 def test_a_tree_pays_for_its_depth() -> None:
     def first_tree(draft_s: list[float]) -> Tree:
         plan = LivePlan(curve(BF16), paths=grow(GOOD, 15), accuracies=GOOD, draft_s=draft_s)
-        slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
-        slot.hidden = np.zeros((1, 1), np.float32)
-        return plan.propose(slot).tree
+        slot = drafted_slot()
+        for _ in range(3):  # plain steps come first
+            tree = plan.propose(slot).tree
+            plan.clock.note(len(tree), plan.clock.curve.seconds_for(len(tree), 0))
+            slot.hidden = np.zeros((1, 1), np.float32)
+        return tree
 
     level, steep = [0.1] * 4, [0.1, 0.4, 0.7, 1.0]
     for draft_s in (level, steep):
@@ -182,7 +201,26 @@ def test_a_tree_pays_for_its_depth() -> None:
 
 def test_states_are_wanted_only_while_heads_draft() -> None:
     plan = live(Q4_K_M, heads=True)
-    slot = Slot([0], 10**9, Sampler(SamplingParams()), lambda t: False, ConstantDrafter(0))
+    slot = drafted_slot()
     assert plan.wants_state(slot)
     World(Q4_K_M, 0 * GOOD).run(plan, 64, slot)
     assert slot.live is not None and slot.live.rests[0] > 1 and not plan.wants_state(slot)
+
+
+LONG = (*BF16, (32, 5.5))
+
+
+@pytest.mark.parametrize("slots", [4, 16])
+@pytest.mark.parametrize("rates", [0 * GOOD, GOOD], ids=["useless", "good"])
+@pytest.mark.parametrize("dearer", [1.0, 1.4])
+def test_many_texts_are_never_slower_for_it(slots: int, rates: npt.NDArray[np.float64], dearer: float) -> None:
+    """Useless heads, a full load, passes with drafts that take longer than the curve says: nothing costs much."""
+    speeds = [
+        World(LONG, rates, seed, dearer).run(live(LONG), 256, *(drafted_slot() for _ in range(slots)))
+        for seed in range(3)
+    ]
+    assert np.median(speeds) >= 0.96, speeds
+    if slots == 4 and rates.any() and dearer == 1.0:
+        assert np.median(speeds) > 1.15, "there drafts pay"
+    fixed = World(LONG, rates, 0, dearer).run(FixedPlan(Tree(grow(GOOD, 7))), 64, *(drafted_slot() for _ in range(16)))
+    assert fixed < 0.96, "the control: a tree for everyone is dear"

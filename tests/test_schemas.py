@@ -9,10 +9,10 @@ import pytest
 
 from model.serving.errors import ApiError
 from model.serving.fields import parse
-from model.serving.jobs import Job, ModelInfo, Sampling
+from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Piece, Sampling, Started, TokenInfo, merged
 from model.serving.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TextRequest
 
-INFO = ModelInfo("fake", "F32", 512, 1000, "heads", 4, True)
+INFO = ModelInfo("fake", "F32", 512, 1000, "heads", 4, 2048, True)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
@@ -202,3 +202,20 @@ def test_long_values_are_cut() -> None:
     assert len(refusal(CompletionRequest, prompt=["a" * 5000, 1]).message) < 400
     with pytest.raises(ApiError, match=r"^tokens\.1=-1: "):
         parse(DetokenizeRequest, b'{"tokens": [1, -1]}')
+
+
+def test_pieces_are_joined_and_nothing_else_moves() -> None:
+    a, b = TokenInfo(1, "x", False), TokenInfo(2, "y", True)
+    done = Finished("p", "stop", 1, 2, 0.0, 0.0, 1, 1, 1)
+    events: list[Event] = [
+        Started("p", 1),
+        Piece("p", "x", (a,)),
+        Started("q", 1),
+        Piece("q", "z"),
+        Piece("p", "y", (b,)),
+        done,
+    ]
+    joined: list[Event] = [Started("p", 1), Piece("p", "xy", (a, b)), Started("q", 1), Piece("q", "z"), done]
+    assert merged([*events, Failed("q", "internal", "")]) == [*joined, Failed("q", "internal", "")]
+    assert merged([Piece("p", "x"), done, Piece("p", "y")]) == [Piece("p", "x"), done, Piece("p", "y")]
+    assert merged([]) == []

@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,13 +20,14 @@ from config import HEADS_FOLDER
 from model.decoding.batching import Batch
 from model.decoding.generation import Generation
 from model.decoding.ngram import NgramIndex
-from model.decoding.planning import FixedPlan
-from model.decoding.sampling import Sampler, SamplingParams
+from model.decoding.planning import Draft, FixedPlan
+from model.decoding.sampling import Sampler, SamplingParams, log_softmax
 from model.decoding.step import Slot
 from model.engine import Engine, EngineOptions
 from model.errors import MedusaError, UsageError
+from model.measuring.choosing import Wish
 from model.measuring.proofs import NOISE, _causal, noise_floor, replay
-from model.serving.jobs import Draft, Event, Failed, Finished, Job, Piece, Sampling, Started
+from model.serving.jobs import Event, Failed, Finished, Job, Piece, Sampling, Started
 from model.serving.model_process import ModelOptions
 from model.serving.protocol import Overloaded, Worker
 from model.serving.worker import ModelWorker
@@ -40,7 +41,8 @@ GREEDY = Sampling(temperature=0.0)
 
 def options(gguf: Path, **more: Any) -> ModelOptions:
     engine = EngineOptions(n_threads=1, context_size=more.pop("context", 512), max_nodes=16)
-    return ModelOptions(gguf, engine, None, HEADS_FOLDER, **{"slots": 3, "tree": "2,2,1", **more})
+    wish = Wish(more.pop("draft", "both"), more.pop("tree", "2,2,1"))
+    return ModelOptions(gguf, engine, None, HEADS_FOLDER, wish=wish, **{"slots": 3, **more})
 
 
 @dataclass
@@ -162,20 +164,18 @@ def test_texts_side_by_side_stand_their_replay(served: Served, engine: Engine) -
             assert max(wrong) > bound, "the control: other tokens do not stand it"
 
 
-@pytest.mark.parametrize("fault", ["", "cells of another text"])
-def test_logits_beside_other_texts_are_those_of_the_text_alone(
-    engine: Engine, fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if fault:
-        monkeypatch.setattr("model.decoding.batching._common", lambda a, b, most: most)
+BESIDE = (*PROMPTS[:2], PROMPTS[0] + "main", PROMPTS[2])
+
+
+def write_beside(engine: Engine, prompts: Sequence[str]) -> list[Slot]:
+    """Write all texts in one batch of three places, with trees and branches, their logits kept."""
     tree = Tree.product([2, 2])
     plan = FixedPlan(tree, 3)
     slots = []
     with engine.base(plan, sequences=3 * plan.lanes, context=1500) as base:
         drafter = engine.drafter(tree)
         batch = Batch(base, plan, places=3, cells=base.n_ctx, chunk=8, keep=True)
-        waiting = [engine.request(prompt, 32) for prompt in (*PROMPTS[:2], PROMPTS[0] + "main", PROMPTS[2])]
-        for request in waiting:
+        for request in [engine.request(prompt, 32) for prompt in prompts]:
             slot = Slot(list(request.prompt), len(request.prompt) + 24, Sampler(SamplingParams()), lambda t: False)
             slot.drafter, slot.ngrams, slot.trace = drafter, NgramIndex(slot.tokens), []
             slots.append(slot)
@@ -184,6 +184,42 @@ def test_logits_beside_other_texts_are_those_of_the_text_alone(
             while left and batch.admit(left[0]):
                 left.pop(0)
             batch.step()
+    return slots
+
+
+@pytest.mark.parametrize("fault", ["", "cells of another text"])
+def test_on_f32_every_text_beside_others_is_its_text_alone(
+    bundled_f32: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, alone = Engine(bundled_f32, options(bundled_f32).engine, None, HEADS_FOLDER), list[Generation]()
+    with engine.decoder() as plain:
+        for prompt in BESIDE:
+            alone.append(plain.start(engine.request(prompt, 24)))
+            alone[-1].run()
+    if fault:
+        monkeypatch.setattr("model.decoding.batching._common", lambda a, b, most: most)
+    slots = write_beside(engine, BESIDE)
+    equal = [a.slot.tokens == b.tokens[: len(a.slot.tokens)] for a, b in zip(alone, slots, strict=True)]
+    assert all(equal) != bool(fault), equal
+    engine.model.close()
+
+
+def test_on_f32_concurrent_requests_get_what_they_get_alone(served_f32: Served) -> None:
+    jobs = [Job(f"f{i}", p, 32, GREEDY, draft=KINDS[i % 3 > 0]) for i, p in enumerate((*BESIDE, *PROMPTS, PROMPTS[3]))]
+    together = served_f32.write(*jobs)
+    alone = [served_f32.write(replace(job, fresh=True))[0] for job in jobs]
+    assert [t.ids for t in together] == [t.ids for t in alone]
+    assert sum(t.last.accepted for t in together) > 24, "drafts must be accepted, or nothing was tested"
+    assert any(e.cached for t in together for e in t.events if isinstance(e, Started)), "cells were shared"
+
+
+@pytest.mark.parametrize("fault", ["", "cells of another text"])
+def test_logits_beside_other_texts_are_those_of_the_text_alone(
+    engine: Engine, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault:
+        monkeypatch.setattr("model.decoding.batching._common", lambda a, b, most: most)
+    slots = write_beside(engine, BESIDE)
     assert slots[2].reused > 3, "it begins as the first"
     assert sum(sum(slot.stats.accepted) for slot in slots) > 12
     texts: list[Any] = [SimpleNamespace(slot=slot, tokens=slot.tokens[slot.prompt_length :]) for slot in slots]
@@ -203,18 +239,54 @@ def test_a_job_whose_prompt_is_known_reads_only_what_is_new(served: Served) -> N
 
 def test_events_come_in_order_and_add_up(served: Served) -> None:
     done = served.write(Job("a", PROMPTS[1], 30, GREEDY, echo=True, logprobs=3))[0]
-    started, echo, *pieces, finished = done.events
-    assert isinstance(started, Started) and isinstance(echo, Piece) and echo.text == PROMPTS[1]
+    started, *pieces, finished = done.events
+    assert isinstance(started, Started) and done.text.startswith(PROMPTS[1])
     assert isinstance(finished, Finished) and finished.reason == "length" and finished.new_tokens == 30
     assert finished.steps + finished.accepted == 30 and sum(finished.accepted_per_depth) == finished.accepted
     assert finished.predicted_s > 0 and finished.prompt_s > 0
     tokens = [token for piece in pieces if isinstance(piece, Piece) for token in piece.tokens]
-    assert sum(token.drafted for token in tokens) == finished.accepted > 0
+    tokens = tokens[started.prompt_tokens :]
+    assert len(tokens) == 30 and sum(token.drafted for token in tokens) == finished.accepted > 0
     assert PROMPTS[1] + "".join(token.text for token in tokens) == done.text
     for token in tokens:
         assert token.logprob is not None and len(token.top) == 3
         assert token.logprob == pytest.approx(token.top[0][1]), "greedy takes the likeliest"
         assert [p for _, p in token.top] == sorted((p for _, p in token.top), reverse=True)
+
+
+def test_a_prompt_is_judged(served: Served, engine: Engine) -> None:
+    """With echo and logprobs, alone (no new token) or before a text; nothing is taken from the cache then."""
+    served.write(Job("x", PROMPTS[1], 4, GREEDY))
+    judged, followed = served.write(
+        Job("a", PROMPTS[1], 0, GREEDY, echo=True, logprobs=2), Job("b", PROMPTS[1], 4, GREEDY, echo=True, logprobs=2)
+    )
+    assert judged.text == PROMPTS[1] and judged.last.new_tokens == judged.last.steps == 0
+    assert judged.last.reason == "length" and followed.last.new_tokens == 4
+    ids = engine.request(PROMPTS[1], 1).prompt
+    with engine.base() as base:
+        rows = _causal(base, [*ids, 0], 2, 1)  # the logits behind the second token and each later one
+    for done in (judged, followed):
+        first, _, *rest = [t for e in done.events if isinstance(e, Piece) for t in e.tokens][: len(ids)]
+        assert [first.id, *(t.id for t in rest)] == [ids[0], *ids[2:]] and first.logprob is None
+        for row, token in zip(rows, rest, strict=False):
+            assert token.logprob == pytest.approx(float(log_softmax(row)[token.id]), abs=0.1)
+            assert len(token.top) == 2 and token.top[0][1] >= (token.logprob or 0.0) - 1e-6
+    others = [abs((t.logprob or 0.0) - float(log_softmax(r)[t.id - 1])) for r, t in zip(rows, rest, strict=False)]
+    assert max(others) > 1, "the control: another token's is not taken for it"
+
+
+def test_the_cache_is_told_of(served: Served) -> None:
+    served.write(Job("a", PROMPTS[1], 8, GREEDY))
+    assert 8 < served.worker.cached <= served.worker.info.cells
+
+
+def test_a_huge_prompt_is_refused_before_it_is_tokenized(served: Served) -> None:
+    (done,) = served.write(Job("a", "x = 1\n" * 600_000, 5))
+    assert isinstance(done.last, Failed) and "at the least" in done.last.message and "512" in done.last.message
+    (done,) = served.write(Job("b", "x = 1\n" * 400, 5))
+    assert isinstance(done.last, Failed) and "at the least" not in done.last.message, (
+        "counted exactly where it is cheap"
+    )
 
 
 def test_a_seed_repeats_a_text_whoever_drafts(served_f32: Served) -> None:

@@ -1,5 +1,6 @@
 """The plan that follows what it sees: drafts what pays, as measured, and nothing where nothing does.
 
+One text gets the draft that is best for it; many share the nodes of a pass by what each is expected to win.
 Knows trees, costs and slots, neither logits nor the cache.
 """
 
@@ -12,7 +13,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from model.decoding.planning import Proposal
+from model.decoding.clock import Clock
+from model.decoding.planning import ROOT_ONLY, Proposal
+from model.decoding.sharing import Worths, share
 from model.trees.costs import CostCurve
 from model.trees.tree import RankPath, Tree
 
@@ -26,14 +29,12 @@ REST, LONGEST_REST = 64, 256  # steps without a source that does not pay; double
 WORTH = 1.02  # drafting must beat plain decoding by this much
 HOPEFUL = 0.7  # of plain decoding's speed: what promises less is not even tried again
 DOUBT = 2.0  # steps that the validation's rates count for, beside those that were lived through
-PLAIN_EVERY = 48  # steps with drafts, then one without, to see what it costs
-LATELY = 0.2  # of the newest step's time in what is known of the others
-SPIKE = 8.0  # a step's time counts as so many times the predicted one at the most
 FADE = 0.9  # of what was seen, per refresh: the text changes
 # How often the first token of a branch is right, by the bits of the length of the match, and each one behind it:
 # a start only, corrected within a few steps.
 FIRST, LATER = (0.0, 0.0, 0.4, 0.55, 0.7, 0.85, 0.95), 0.85
 Table = list[tuple[int, int]]  # by the bits of the length of a match: nodes of the heads' tree, nodes of the branch
+NOTHING = Proposal(ROOT_ONLY, [], 0)
 
 
 @dataclass
@@ -51,16 +52,11 @@ class Live:
     branch: list[tuple[float, Float64Array]] = field(
         default_factory=list
     )  # by match: its first token's rate, (M,) worth
-    worths: dict[int, tuple[list[float], list[float]]] = field(
-        default_factory=dict
-    )  # by match: `SharedPlan` keeps them
-    seconds: Float64Array = field(default_factory=lambda: np.ones(1))  # (N,) of a step, as predicted for this context
+    worths: dict[int, Worths] = field(default_factory=dict)  # by match, as they are asked for
 
     def __post_init__(self) -> None:
         self.expected, self.hits = [0.0] * self.depths, [0.0] * self.depths
         self.branches = [[0.0] * 4 for _ in FIRST]  # tries and hits of the first token, of the later ones
-        self.plain, self.drafted = 0.0, 0.0  # seconds as measured by those predicted, lately; 0: never
-        self.since_plain = 0  # steps since one without a draft
 
 
 class LivePlan:
@@ -70,7 +66,7 @@ class LivePlan:
     from the slot's own text. Expected tokens per step: 1 + b + (1 - q) · h, with h the heads' tree alone, b the branch
     alone and q the rate of its first token. Rates begin with `accuracies` (K, R), conditional on the parent's
     acceptance, and follow what each text shows. curve: seconds of a step but for the heads; draft_s (D,): the
-    heads', by the depth of the tree. max_nodes: of a draft, with the root.
+    heads', by the depth of the tree. max_nodes: of a draft, with the root. most_rows: of a pass that slots share.
     """
 
     def __init__(
@@ -82,8 +78,10 @@ class LivePlan:
         draft_s: Sequence[float] = (),
         branch: int = 0,
         max_nodes: int = 256,
+        most_rows: int = 512,
     ) -> None:
-        self.curve, self._branch = curve, branch
+        self._branch, self.clock = branch, Clock(curve, most_rows)
+        self._first: Slot | None = None  # of the pass that was proposed last: its times are noted once
         self._trees = [Tree(paths[:n]) for n in range(len(paths) + 1)]
         self._depths = self._trees[-1].max_depth
         drafting = [0.0, *draft_s] if draft_s else [0.0] * (self._depths + 1)
@@ -98,8 +96,7 @@ class LivePlan:
             reached = np.bincount(tree.depths, chance, minlength=self._depths + 1)
             np.divide(reached[1:], reached[:-1], out=self._rates[n], where=reached[:-1] > 0)
         self.lanes = max(len(tree.leaves) for tree in self._trees) + (branch > 0 and len(paths) > 0)
-        self._sizes = len(paths) + branch + 1  # that trees and branches can make together
-        self.max_nodes = min(self._sizes, max_nodes)
+        self.max_nodes = min(len(paths) + branch + 1, max_nodes)
 
     def wants_state(self, slot: Slot) -> bool:
         """See Plan. While the heads rest the base model need not copy its states."""
@@ -108,18 +105,48 @@ class LivePlan:
 
     def propose(self, slot: Slot) -> Proposal:
         """See Plan."""
-        live, following = self.look(slot)
-        nodes, branch = live.table[live.match]
-        if live.since_plain >= PLAIN_EVERY:  # or nobody would notice that plain steps are cheaper than was measured
-            return self.proposal(slot, 0, following, 0)
-        return self.proposal(slot, nodes, following, branch)
+        return self.propose_all([slot])[0]
 
     def propose_all(self, slots: Sequence[Slot]) -> list[Proposal]:
-        """See Plan. Each slot drafts as though it were alone; `SharedPlan` does better."""
-        return [self.propose(slot) for slot in slots]
+        """See Plan."""
+        self._first, roots, context = slots[0], len(slots), sum(len(slot.tokens) for slot in slots)
+        looks = [self._look(slot) for slot in slots]
+        counts = [(0, 0)] * roots
+        if not self.clock.begin(roots, context):
+            counts = [self._alone(*looks[0])] if roots == 1 else self._shared(slots, looks, context)
+        return [
+            NOTHING if live is None else Proposal(self._trees[nodes if slot.hidden is not None else 0], following, more)
+            for slot, (live, following), (nodes, more) in zip(slots, looks, counts, strict=True)
+        ]
 
-    def look(self, slot: Slot) -> tuple[Live, list[int]]:
-        """Return what is known of a slot, and what may follow in its text."""
+    def _alone(self, live: Live | None, following: list[int]) -> tuple[int, int]:
+        return live.table[live.match] if live is not None else (0, 0)
+
+    def _shared(
+        self, slots: Sequence[Slot], looks: list[tuple[Live | None, list[int]]], context: int
+    ) -> list[tuple[int, int]]:
+        """Return for each slot the nodes of the heads' tree and of the branch that win most for the pass."""
+        worths, room = list[Worths](), self.max_nodes - 1
+        for slot, (live, following) in zip(slots, looks, strict=True):
+            branch, heads = self._worths(live, live.match if following else 0) if live is not None else ([], [])
+            worths.append((branch, heads if slot.hidden is not None and slot.drafter is not None else []))
+        (every, offered), (plain, drafted) = self.clock.seconds(context), self.clock.drift(len(slots))
+        plain_s = WORTH * plain * float(every[len(slots) - 1])
+        counts = share(worths, plain_s, drafted * offered, self.draft_s)
+        return [(nodes, min(branch, room - nodes)) for nodes, branch in counts]
+
+    def _worths(self, live: Live, match: int) -> Worths:
+        if match not in live.worths:
+            rate, branch = live.branch[match]
+            heads = np.minimum.accumulate(np.diff(live.heads) * (1 - rate))
+            room = self.max_nodes - 1
+            live.worths[match] = np.diff(branch).tolist()[:room], heads.tolist()[:room]
+        return live.worths[match]
+
+    def _look(self, slot: Slot) -> tuple[Live | None, list[int]]:
+        """Return what is known of a slot (None: nobody drafts for it), and what may follow in its text."""
+        if slot.drafter is None and slot.ngrams is None:
+            return None, []
         if slot.live is None:
             slot.live = Live([], self._depths)
             self._refresh(slot, slot.live)
@@ -130,21 +157,13 @@ class LivePlan:
             live.match = match.bit_length()
         return live, following
 
-    def proposal(self, slot: Slot, nodes: int, following: list[int], branch: int) -> Proposal:
-        """Return the tree of so many nodes of the heads, and a branch."""
-        return Proposal(self._trees[nodes if slot.hidden is not None else 0], following, branch)
-
     def learn(self, slot: Slot, proposal: Proposal, tokens: list[int], won: list[int], rows: int, took: float) -> None:
         """See Plan."""
+        if slot is self._first:
+            self.clock.note(rows, took)
         live = slot.live
-        assert live is not None
-        if rows == len(tokens) and rows <= len(live.seconds) and live.seconds[rows - 1] < np.inf:  # it was alone
-            ratio = min(max(took / float(live.seconds[rows - 1]), 1 / SPIKE), SPIKE)
-            if rows == 1:
-                live.plain = live.plain + LATELY * (ratio - live.plain) if live.plain else ratio
-            else:
-                live.drafted = live.drafted + LATELY * (ratio - live.drafted) if live.drafted else ratio
-        live.since_plain = 0 if rows == 1 else live.since_plain + 1
+        if live is None:
+            return
         tree = proposal.tree
         if len(tree) > 1:
             rates, node = self._rates[len(tree) - 1], 0
@@ -172,7 +191,7 @@ class LivePlan:
             if live.rests[source]:
                 live.rests[source] -= 1
                 if not live.rests[source]:
-                    untried = Live([], self._depths, live.rests, seconds=live.seconds)
+                    untried = Live([], self._depths, live.rests)
                     live.table = self._best(slot, untried, WORTH / HOPEFUL)
                     live.heads, live.branch, live.worths = untried.heads, untried.branch, {}
                     live.until_refresh, live.refresh = PROBE, FIRST_LOOK // 2
@@ -182,8 +201,6 @@ class LivePlan:
     def _refresh(self, slot: Slot, live: Live) -> None:
         """Choose anew for every length of match; send a source to rest that pays nowhere."""
         live.refresh = live.until_refresh = min(2 * live.refresh, REFRESH)
-        live.seconds = self.curve.on_offer(len(slot.tokens), self._sizes)
-        live.seconds[self.max_nodes :] = np.inf
         live.table = self._best(slot, live)
         has = (self._depths > 0 and slot.drafter is not None, self._branch > 0 and slot.ngrams is not None)
         for source in (0, 1):
@@ -203,18 +220,19 @@ class LivePlan:
 
         favour: how much more drafting is made to earn than is expected.
         """
-        seconds = live.seconds
-        one, drift = seconds[0], (live.plain or live.drafted or 1.0, live.drafted or live.plain or 1.0)
+        most = min(self.max_nodes, self.clock.curve.sizes[-1])
+        seconds, (plain, drafted) = self.clock.seconds(len(slot.tokens))[1][:most], self.clock.drift(1)
         heads = slot.drafter is not None and not live.rests[0]
         scale = (np.array(live.hits) + DOUBT) / (np.array(live.expected) + DOUBT)
         rates = np.minimum(1.0, self._rates * scale)
         h = rates.cumprod(1).sum(1)[: None if heads else 1]  # (T,)
         branches = slot.ngrams is not None and not live.rests[1]
         branch = np.arange(self._branch + 1 if branches else 1)  # (M,)
-        cost = seconds[np.arange(len(h))[:, None] + branch] * drift[1]  # (T, M)
+        rows = np.arange(len(h))[:, None] + branch
+        cost = np.where(rows < most, seconds[np.minimum(rows, most - 1)], np.inf) * drafted  # (T, M)
         cost += self.draft_s[: len(h), None]
         cost /= favour
-        cost[0, 0] = WORTH * one * drift[0]
+        cost[0, 0] = WORTH * seconds[0] * plain
         table, live.heads, live.branch, live.worths = Table(), h, [], {}
         for first, counts in zip(FIRST, live.branches, strict=True):
             q = (counts[1] + DOUBT * first) / (counts[0] + DOUBT)

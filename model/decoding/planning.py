@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
 
 from model.trees.tree import Tree
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from model.decoding.step import Slot
 
 ROOT_ONLY = Tree([])
+Draft = Literal["auto", "medusa", "ngram", "both", "none"]  # who drafts: whoever is there, heads, the text so far …
 
 
 class Proposal(NamedTuple):

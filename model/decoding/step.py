@@ -32,6 +32,7 @@ class Base(Protocol):
 
     def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int: ...  # noqa: D102
     def want_states(self, wanted: bool) -> None: ...  # noqa: D102
+    def decode(self, tokens: Int32Array, pos: int, seq: int, *, outputs: bool | None = None) -> None: ...  # noqa: D102
     def decode_placed(self, n: int) -> None: ...  # noqa: D102
     def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None: ...  # noqa: D102
     def logits(self, n: int) -> Float32Array: ...  # noqa: D102

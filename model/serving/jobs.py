@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-Draft = Literal["auto", "medusa", "ngram", "both", "none"]
+from model.decoding.planning import Draft
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Job:
 
     max_tokens None: as many as the context holds. logprobs: how many alternatives per token are wanted (None: not even
     the token's own). grammar: GBNF; json_schema: a schema (an empty one: any object) that becomes a grammar.
-    typical: Medusa's lossy acceptance, opt-in.
+    typical: Medusa's lossy acceptance, opt-in. fresh: read the whole prompt, whatever the cache holds.
     """
 
     id: str
@@ -46,6 +46,7 @@ class Job:
     echo: bool = False
     grammar: str | None = None
     json_schema: dict[str, Any] | None = None
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,22 @@ class Failed:
 Event = Started | Piece | Finished | Failed
 
 
+def merged(events: list[Event]) -> list[Event]:
+    """Join a text's pieces where they follow each other; another text's events may stand between."""
+    out, open_pieces = list[Event](), dict[str, int]()
+    for event in events:
+        at = open_pieces.get(event.id) if isinstance(event, Piece) else open_pieces.pop(event.id, None)
+        if isinstance(event, Piece) and at is not None:
+            before = out[at]
+            assert isinstance(before, Piece)
+            out[at] = Piece(event.id, before.text + event.text, before.tokens + event.tokens)
+            continue
+        if isinstance(event, Piece):
+            open_pieces[event.id] = len(out)
+        out.append(event)
+    return out
+
+
 @dataclass(frozen=True)
 class ModelInfo:
     """What the server tells of the model."""
@@ -115,4 +132,5 @@ class ModelInfo:
     vocabulary: int
     draft: str  # what drafts where a request says "auto", in words
     slots: int
+    cells: int  # tokens that the cache holds, of all texts
     chat: bool  # whether the GGUF has a chat template

@@ -39,6 +39,8 @@ class Metrics:
             ("medusa_queue_length", "Texts that wait for a slot", lambda: worker.queue_length),
             ("medusa_running", "Texts that have a slot", lambda: worker.running),
             ("medusa_slots", "Slots", lambda: worker.info.slots if worker.ready else 0),
+            ("medusa_kv_cells", "Tokens that the cache holds", lambda: worker.info.cells if worker.ready else 0),
+            ("medusa_kv_cells_used", "Tokens in the cache, finished texts' included", lambda: worker.cached),
             ("medusa_ready", "1 when the model takes requests", lambda: worker.ready),
         ):
             Gauge(name, meaning, registry=r).set_function(value)

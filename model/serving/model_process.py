@@ -13,30 +13,28 @@ import secrets
 import signal
 import threading
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 from model.base.chat import template_of
 from model.base.grammar import GbnfGrammar, schema_to_gbnf
 from model.base.llama import MAX_SEQUENCES
 from model.decoding.batching import Batch
-from model.decoding.drafting import Drafter
-from model.decoding.generation import Request
-from model.decoding.planning import FixedPlan, Plan
-from model.decoding.sharing import SharedPlan
+from model.decoding.planning import FixedPlan
+from model.decoding.sampling import SamplingParams
 from model.engine import Engine, EngineOptions
-from model.errors import MedusaError, UsageError
-from model.measuring.tuning import BRANCH, live_plan, tuned
-from model.serving.jobs import Draft, Event, Failed, Job, ModelInfo
+from model.errors import ContextError, MedusaError, UsageError
+from model.measuring.choosing import Wish, choose, trial_requests
+from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Started, merged
 from model.serving.writing import Writing
-from model.trees.tree import Tree
 
 log = logging.getLogger(__name__)
+GATHER_S = 0.01  # that text may wait for more: small models take a step in less than passing it on takes
 STALL_S = 0.1  # that prompts may hold up running texts between two passes
 CACHE_BYTES = 1 << 30  # of the KV cache, where nobody says how many cells; one context's at the least
-TRIAL_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -45,8 +43,7 @@ class ModelOptions:
 
     slots: texts at a time. cells: tokens that the cache holds for all of them; 0: a context for each of them, as far as
     CACHE_BYTES goes.
-    draft: who drafts where a job says "auto". tree: drafted by the heads in every step (`Tree.parse` reads it), so that
-    runs can be repeated; "": what pays. trial_prompts: texts on which it is measured what pays.
+    wish: who drafts where a job says "auto". trial_prompts: texts on which it is measured what pays.
     """
 
     model_path: Path
@@ -55,17 +52,16 @@ class ModelOptions:
     heads_folder: Path
     slots: int = 4
     cells: int = 0
-    draft: Draft = "auto"
-    tree: str = ""
-    draft_vocab: int | None = None
-    trial_prompts: tuple[str, ...] = ()
+    wish: Wish = field(default_factory=Wish)
+    trial_prompts: tuple[str, ...] = ("def ",)
     log_level: str = "WARNING"
 
 
 def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
     """Load the model, say so, and work until the other side is gone: the main function of the process.
 
-    Sends ("ready", ModelInfo) or ("refused", message), then ("events", events) and ("answer", key, value or error).
+    Sends ("ready", ModelInfo) or ("refused", message), then ("events", events, cached tokens) and ("answer", key, value
+    or error).
     """
     for reaches_the_whole_group in (signal.SIGINT, signal.SIGTERM):
         signal.signal(reaches_the_whole_group, signal.SIG_IGN)  # the parent decides
@@ -78,6 +74,7 @@ def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
         outbox.send(("refused", str(error)))
         return
     outbox.send(("ready", model.info))
+    events, sent = list[Event](), 0.0
     while True:
         while not (commands.empty() and model.busy):
             command = commands.get()
@@ -86,9 +83,11 @@ def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
             answer = model.take(*command)
             if answer is not None:
                 outbox.send(("answer", *answer))
-        events = model.work()
-        if events:
-            outbox.send(("events", events))
+        events += model.work()
+        hurry = not model.busy or any(isinstance(event, Started | Finished) for event in events)
+        if events and (hurry or perf_counter() - sent > GATHER_S):
+            outbox.send(("events", merged(events), model.cached))
+            events, sent = [], perf_counter()
 
 
 def _listen(inbox: Connection, commands: queue.SimpleQueue[tuple[Any, ...]]) -> None:
@@ -105,12 +104,15 @@ class ServedModel:
 
     def __init__(self, options: ModelOptions) -> None:
         engine = self._engine = Engine(options.model_path, options.engine, options.weights, options.heads_folder)
+        self._longest = max(len(t.encode()) for t in engine.file.metadata["tokenizer.ggml.tokens"])  # bytes of a token
         self._template = template_of(engine.file.metadata)
-        self._plan, self._drafter, self._ngrams, words = _drafting(engine, options)
+        trial = trial_requests(engine, options.trial_prompts, SamplingParams())
+        chosen = choose(engine, options.wish, trial, lanes=MAX_SEQUENCES // options.slots)
+        self._plan, self._drafter, self._ngrams, words = chosen
         nodes, lanes = self._plan.max_nodes, self._plan.lanes
         if options.slots * lanes > MAX_SEQUENCES:
             raise UsageError(f"{options.slots} slots of {lanes} lanes: llama.cpp has {MAX_SEQUENCES} sequences")
-        affordable = min(engine.context * options.slots, CACHE_BYTES // _cell_bytes(engine))
+        affordable = min(engine.context * options.slots, CACHE_BYTES // engine.cell_bytes)
         cells = max(options.cells or affordable, engine.context)
         cells += (options.slots - 1) * (nodes - 1)
         self._base = engine.base(self._plan, sequences=options.slots * lanes, context=cells)
@@ -128,6 +130,7 @@ class ServedModel:
             vocabulary=engine.model.n_vocab,
             draft=words,
             slots=options.slots,
+            cells=self._base.n_ctx,
             chat="tokenizer.chat_template" in engine.file.metadata,
         )
 
@@ -138,6 +141,11 @@ class ServedModel:
     def busy(self) -> bool:
         """Whether there is anything to do without a further command."""
         return bool(self._waiting or self._running or self._failed)
+
+    @property
+    def cached(self) -> int:
+        """Tokens in the cache."""
+        return self._batch.cached
 
     def take(self, kind: str, *rest: Any) -> tuple[int, Any] | None:
         """Obey a command; return (key, value or error) where it wants an answer."""
@@ -194,13 +202,15 @@ class ServedModel:
     def _prompt(self, job: Job) -> list[int]:
         """Return a job's token ids. A template that writes the begin-of-text mark itself gets no second one."""
         prompt = job.prompt
-        if isinstance(prompt, str):
-            return self._tokenize(prompt, True, True)
-        if all(isinstance(token, int) for token in prompt):
+        if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             return [token for token in prompt if isinstance(token, int)]
-        text = self._apply_template([message for message in prompt if isinstance(message, dict)])
+        template = not isinstance(prompt, str)
+        text = self._apply_template([m for m in prompt if isinstance(m, dict)]) if template else str(prompt)
+        least = len(text.encode(errors="replace")) // self._longest
+        if least >= self._engine.context:  # a tokenizer takes seconds for megabytes, and all texts would wait for it
+            raise ContextError(f"the prompt has {least} tokens at the least, the context {self._engine.context}")
         tokens, bos = self._tokenize(text, True, True), self._engine.model.bos
-        return tokens[1:] if tokens[:2] == [bos, bos] else tokens
+        return tokens[1:] if template and tokens[:2] == [bos, bos] else tokens
 
     def _cancel(self, id: str) -> None:
         """Free a job's place; one that is unknown or done is no error."""
@@ -212,8 +222,11 @@ class ServedModel:
     def work(self) -> list[Event]:
         """Admit what fits, take all running jobs one pass further, return what has happened."""
         out, self._failed = self._failed, []
-        while self._waiting and self._batch.admit(self._waiting[0].slot):
-            writing = self._waiting.popleft()
+        while self._waiting:
+            writing = self._waiting[0]
+            if not self._batch.admit(writing.slot, fresh=writing.job.fresh, look=writing.look):
+                break
+            self._waiting.popleft()
             writing.admitted()
             self._running[writing.job.id] = writing
         if not self._running:
@@ -231,34 +244,3 @@ class ServedModel:
             self._base.clear()
             self._batch = self._new_batch()
         return out
-
-
-def _cell_bytes(engine: Engine) -> int:
-    """Return about how many bytes of KV cache a token takes: as if all heads were of one size."""
-    facts, kind = engine.file.metadata, engine.file.architecture
-    heads, shared = (facts.get(f"{kind}.attention.head_count{suffix}") for suffix in ("", "_kv"))
-    share = shared / heads if isinstance(heads, int) and heads and isinstance(shared, int) else 1.0
-    size = {"f32": 4.0, "q8_0": 1.07, "q4_0": 0.57}.get(engine.options.kv_type, 2.0)
-    return max(1, int(2 * size * engine.file.n_layer * engine.file.n_embd * share))
-
-
-def _drafting(engine: Engine, options: ModelOptions) -> tuple[Plan, Drafter | None, bool, str]:
-    """Return the plan for all slots, the heads' drafter, whether the text so far drafts, and all that in words."""
-    nodes, able = engine.options.max_nodes, engine.model.can_roll_back
-    heads = options.draft in ("medusa", "both") or (options.draft == "auto" and engine.weights is not None and able)
-    ngrams = options.draft in ("auto", "ngram", "both") and able and nodes > 1
-    heads = heads and engine.n_heads > 0  # raises where heads are missing or don't fit
-    branch = min(BRANCH, nodes - 1) if ngrams else 0
-    words = " and ".join(["the heads"] * heads + ["the text so far"] * ngrams) or "nobody"
-    if not (heads or ngrams):
-        return FixedPlan(), None, False, words
-    if options.tree:
-        tree = engine.check_tree(Tree.parse(options.tree)) if heads else Tree([])
-        drafter: Drafter | None = engine.drafter(tree, options.draft_vocab) if len(tree) > 1 else None
-        return FixedPlan(tree, min(branch, nodes - len(tree))), drafter, ngrams, f"{words}, a tree of {len(tree)} nodes"
-    requests = [Request(engine.model.tokenize(text).tolist()[: engine.context // 2], TRIAL_TOKENS)
-                for text in options.trial_prompts or ("def ",)]  # fmt: skip
-    tuning = tuned(engine, requests, heads=heads, draft_vocab=options.draft_vocab)
-    lanes = MAX_SEQUENCES // options.slots
-    plan, drafter = live_plan(engine, tuning, ngrams=ngrams, draft_vocab=options.draft_vocab, lanes=lanes)
-    return SharedPlan(plan, min(512, engine.context)), drafter, ngrams, f"{words}, as far as it pays"

@@ -33,6 +33,10 @@ class Worker(Protocol):
         """Whether jobs can be taken: False while the model loads, after a crash until it is back, while closing."""
 
     @property
+    def cached(self) -> int:
+        """Tokens in the cache, those of finished texts included; shared ones are counted for each text."""
+
+    @property
     def queue_length(self) -> int:
         """Jobs that wait for a slot."""
 

@@ -198,6 +198,7 @@ def _slot(id: int, text: Text | None) -> dict[str, Any]:
     """Return what one place does. Not which: the worker keeps that to itself. Nobody's text is shown."""
     if text is None or text.started is None:
         return {"id": id, "is_processing": False}
+    seconds = time.perf_counter() - text.since
     return {
         "id": id,
         "is_processing": True,
@@ -206,5 +207,9 @@ def _slot(id: int, text: Text | None) -> dict[str, Any]:
         "n_prompt_tokens": text.started.prompt_tokens,
         "n_prompt_tokens_cached": text.cached,
         "n_decoded": text.new_tokens,
-        "seconds": round(time.perf_counter() - text.since, 3),
+        "n_accepted": text.free_tokens,
+        "n_remain": None if text.job.max_tokens is None else text.job.max_tokens - text.new_tokens,
+        "temperature": text.job.sampling.temperature,
+        "seconds": round(seconds, 3),
+        "tokens_per_second": round(text.new_tokens / seconds, 2),
     }

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar
 from pydantic import BeforeValidator, Field, model_validator
 from typing_extensions import Self
 
+from model.decoding.planning import Draft
 from model.serving.errors import ApiError
 from model.serving.fields import (
     MOST_TOKENS,
@@ -25,7 +26,7 @@ from model.serving.fields import (
     read_prompts,
     read_stops,
 )
-from model.serving.jobs import Draft, Job, ModelInfo, Sampling
+from model.serving.jobs import Job, ModelInfo, Sampling
 
 MOST_TEXTS = 128  # choices of one request, over all of its prompts
 _SEEDS = 2**63
@@ -33,7 +34,7 @@ Prompt = str | list[int] | list[dict[str, Any]]
 
 
 class TextRequest(Strict):
-    """What both kinds of completion share. The last five are extensions; llama.cpp's names where it has them."""
+    """What both kinds of completion share. The last six are extensions; llama.cpp's names where it has them."""
 
     max_tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
     max_completion_tokens: int | None = Field(default=None, ge=0, le=MOST_TOKENS)
@@ -56,6 +57,7 @@ class TextRequest(Strict):
     draft: Draft = "auto"
     typical_acceptance: bool = False  # Medusa's lossy rule
     token_details: bool = False  # tell of each token whether it was drafted
+    cache_prompt: bool = True
 
     default_max_tokens: ClassVar[int | None] = None
 
@@ -127,6 +129,7 @@ class TextRequest(Strict):
             echo=self._echo(),
             grammar=self.grammar,
             json_schema=schema,
+            fresh=not self.cache_prompt,
         )
 
 

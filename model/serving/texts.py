@@ -33,6 +33,7 @@ class Text:
     started: Started | None = None
     first_piece: float | None = None  # seconds from the request to the first piece
     new_tokens: int = 0
+    free_tokens: int = 0  # of the new ones, those that a draft won
     offset: int = 0  # characters whose tokens have been told of: OpenAI's text_offset
     finished: Finished | None = None
     failed: Failed | None = None
@@ -109,6 +110,7 @@ class Texts:
             if text.job.echo:  # prompt or new? Counted at the end
                 return
             text.new_tokens += len(event.tokens)
+            text.free_tokens += sum(token.drafted for token in event.tokens)
             text.first_piece = text.first_piece or perf_counter() - text.since
         elif isinstance(event, Finished):
             text.finished = event

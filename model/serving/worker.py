@@ -59,7 +59,8 @@ class ModelWorker:
 
     def __init__(self, options: ModelOptions, *, max_queue: int = 64) -> None:
         self._options, self._max_queue = options, max_queue
-        self.info = ModelInfo(options.model_path.stem, "", 0, 0, "", options.slots, False)  # until it is ready
+        self.info = ModelInfo(options.model_path.stem, "", 0, 0, "", options.slots, 0, False)  # until it is ready
+        self.cached = 0
         self._jobs: dict[str, _Running] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._keys = 0
@@ -208,7 +209,8 @@ class ModelWorker:
         elif kind == "answer":
             self._answer(*rest)
         else:
-            for event in rest[0]:
+            events, self.cached = rest
+            for event in events:
                 self._deliver(event)
         if kind != "answer":
             self._changed.set()
@@ -238,7 +240,7 @@ class ModelWorker:
         _shut(life)
         if life is not self._life:
             return
-        self._life = None
+        self._life, self.cached = None, 0
         self._fail_all(DIED)
         if self._closing or (self._refusal is not None and not self.info.context):
             return

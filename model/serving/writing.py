@@ -53,7 +53,7 @@ class Writing:
             raise UsageError("the prompt is empty, and this model has no begin-of-text token to start from")
         if len(prompt) >= context:
             raise ContextError(f"the prompt has {len(prompt)} tokens, the context {context}")
-        if job.max_tokens is not None and job.max_tokens < 1:
+        if job.max_tokens is not None and job.max_tokens < (0 if job.echo else 1):
             raise UsageError(f"max_tokens {job.max_tokens} is below 1")
         s = job.sampling
         params = SamplingParams(
@@ -62,11 +62,13 @@ class Writing:
         )  # fmt: skip
         self.job, self._model = job, model
         self._stream, self._decoder = TextStream(job.stop), codecs.getincrementaldecoder("utf-8")("replace")
-        limit = min(context, len(prompt) + (job.max_tokens or context))
+        limit = min(context, len(prompt) + (context if job.max_tokens is None else job.max_tokens))
         self.slot = Slot(prompt, limit, Sampler(params, prompt, grammar), self._ends, drafter)
         self.slot.ngrams = NgramIndex(self.slot.tokens) if ngrams else None
         self.slot.typical = job.typical
         self.slot.trace = [] if job.logprobs is not None else None
+        self.look = self._look if job.echo and job.logprobs is not None else None  # at the prompt's logits
+        self._prompt: list[TokenInfo] = []
         self._texts: list[str] = []  # of the pass's tokens
         self._pending: list[_Pending] = []
         self._decoded = self._released = 0  # characters
@@ -89,7 +91,7 @@ class Writing:
         """Return what a pass has brought."""
         slot, out = self.slot, list[Event]()
         won = slot.tokens[self._told :]
-        if not won:
+        if not won and not slot.finished:
             return out
         if self._told == slot.prompt_length:
             out.append(Started(self.job.id, slot.prompt_length, slot.reused))
@@ -149,13 +151,22 @@ class Writing:
 
     def _echo(self) -> Piece:
         """Return the prompt's text."""
+        prompt, told = self.slot.tokens[: self.slot.prompt_length], self._prompt
+        told = told or [TokenInfo(token, self._text(token), False) for token in prompt]
+        return Piece(self.job.id, self._model.detokenize(prompt), tuple(told))
+
+    def _look(self, logits: npt.NDArray[np.float32]) -> None:
+        """Take the logits (n, V) behind the next tokens of the prompt: the first one has no probability."""
         prompt = self.slot.tokens[: self.slot.prompt_length]
-        tokens = tuple(TokenInfo(token, self._text(token), False) for token in prompt)
-        return Piece(self.job.id, self._model.detokenize(prompt), tokens)
+        if not self._prompt:
+            self._prompt.append(TokenInfo(prompt[0], self._text(prompt[0]), False))
+        for row in logits:
+            token = prompt[len(self._prompt)]
+            self._prompt.append(TokenInfo(token, self._text(token), False, *self._likely(row, token)))
 
     def _finished(self) -> Finished:
         slot, stats, now = self.slot, self.slot.stats, perf_counter()
-        stopped = self._stream.stopped or slot.tokens[-1] in self._model.eog
+        stopped = self._stream.stopped or (len(slot.tokens) > slot.prompt_length and slot.tokens[-1] in self._model.eog)
         return Finished(
             self.job.id,
             "stop" if stopped else "length",

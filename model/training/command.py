@@ -1,22 +1,35 @@
-"""How a runnable file of model/ ends when something is wrong: one line and an exit status. Knows no options."""
+"""How anything that a user runs ends when something is wrong: one line and an exit status. Knows no options."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import click
 
 from model.errors import MedusaError
 
 
-def run_command(command: click.Command, stopped: str) -> None:
-    """Run a command; what a user can cause is one line and exit status 2, Ctrl-C says `stopped` and gives 130."""
+@contextmanager
+def one_line(stopped: str = "stopped") -> Iterator[None]:
+    """Turn what a user can cause into one line and exit status 2; Ctrl-C says `stopped` and gives 130."""
     try:
-        command.main(standalone_mode=False)
+        yield
     except (MedusaError, click.ClickException) as error:
         message = error.format_message() if isinstance(error, click.ClickException) else str(error)
         click.echo(f"error: {message}", err=True)
         sys.exit(2)
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except (click.Abort, KeyboardInterrupt):
         click.echo(stopped, err=True)
         sys.exit(130)
+
+
+def run_command(command: click.Command, stopped: str) -> None:
+    """Run a command."""
+    with one_line(stopped):
+        command.main(standalone_mode=False)
