@@ -2,8 +2,8 @@
 
     python benchmarks/hardening.py
 
-Starts `main.py` with the bundled model, does all of it, and writes hardening.json under benchmarks/results/. The tests
-make smaller shares of the same.
+Starts `main.py` with the bundled model on one thread, does all of it, and writes hardening.json under
+benchmarks/results/. The tests make smaller shares of the same.
 """
 
 from __future__ import annotations
@@ -177,7 +177,7 @@ def trials(running: Server, n_fuzz: int) -> Iterator[tuple[str, dict[str, Any]]]
 def main(n_fuzz: int, out: Path) -> None:
     """Try to bring the server down."""
     results: dict[str, Any] = {"command": " ".join(["python", "benchmarks/hardening.py", *sys.argv[1:]])}
-    with server(N_PARALLEL="4", MAX_QUEUE="250", MODEL_CONTEXT_SIZE="1024") as running:
+    with server(N_PARALLEL="4", MAX_QUEUE="250", N_THREADS="1") as running:
         for name, result in trials(running, n_fuzz):
             results[name] = result
             click.echo(f"{name}: {json.dumps(result)}")

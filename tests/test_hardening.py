@@ -18,7 +18,7 @@ from benchmarks.serve import Server, server
 @pytest.fixture(scope="module")
 def running(bundled_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     cache = str(tmp_path_factory.mktemp("cache"))
-    few = {"N_PARALLEL": "4", "MAX_QUEUE": "96", "MEDUSA_MAX_TOKENS_PER_STEP": "8"}
+    few = {"N_THREADS": "1", "N_PARALLEL": "4", "MAX_QUEUE": "96", "MEDUSA_MAX_TOKENS_PER_STEP": "8"}
     with server(MODEL_PATH=str(bundled_gguf), XDG_CACHE_HOME=cache, **few) as running:
         yield running
     with pytest.raises(OSError, match=r"refused|Connect call failed"):
