@@ -15,7 +15,7 @@ from config import Settings
 from model.base.chat import Message, template_of
 from model.decoding.batching import Batch
 from model.decoding.sampling import SamplingParams
-from model.decoding.step import STAGES, Stats
+from model.decoding.slot import STAGES, Stats
 from model.engine import Decoder, Engine
 from model.errors import ContextError
 from model.serving.jobs import Job, Piece, Sampling

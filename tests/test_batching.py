@@ -16,7 +16,7 @@ from model.decoding.live import LivePlan
 from model.decoding.ngram import NgramIndex
 from model.decoding.planning import FixedPlan, Plan, Proposal
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.step import Slot
+from model.decoding.slot import Slot
 from model.trees.search import grow
 from model.trees.tree import Tree
 

@@ -16,7 +16,8 @@ from model.decoding.live import LivePlan
 from model.decoding.ngram import NgramIndex
 from model.decoding.planning import FixedPlan, Plan, Proposal
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.step import Slot, _with_branch, prefill, step
+from model.decoding.slot import Slot
+from model.decoding.step import _with_branch, prefill, step
 from model.trees.costs import CostCurve
 from model.trees.search import best_tree, grow
 from model.trees.tree import Tree

@@ -13,7 +13,8 @@ from fake_base import FakeBase
 from model.decoding.drafting import ConstantDrafter, RandomDrafter
 from model.decoding.planning import FixedPlan
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.step import Slot, prefill, step
+from model.decoding.slot import Slot
+from model.decoding.step import prefill, step
 from model.trees.tree import Tree
 
 TREES = [Tree.chain(3), Tree.product([3, 2, 2]), Tree([(0,), (1,), (1, 0), (1, 0, 0), (2,)]), Tree.product([8])]

@@ -22,7 +22,7 @@ from model.decoding.generation import Generation
 from model.decoding.ngram import NgramIndex
 from model.decoding.planning import Draft, FixedPlan
 from model.decoding.sampling import Sampler, SamplingParams, log_softmax
-from model.decoding.step import Slot
+from model.decoding.slot import Slot
 from model.engine import Engine, EngineOptions
 from model.errors import MedusaError, UsageError
 from model.measuring.choosing import Wish

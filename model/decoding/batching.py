@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.decoding.planning import Plan
-from model.decoding.step import Base, Slot, step
+from model.decoding.slot import Slot
+from model.decoding.step import Base, step
 
 LEAST_CHUNK = 16  # prompt tokens at once, however slow they are
 IDLE = 5  # times the stall that a prompt may make where nobody waits for a pass: commands wait all the same

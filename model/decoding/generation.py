@@ -10,7 +10,8 @@ from model.decoding.drafting import Drafter
 from model.decoding.ngram import NgramIndex
 from model.decoding.planning import Plan
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.step import Base, Slot, prefill, step
+from model.decoding.slot import Slot
+from model.decoding.step import Base, prefill, step
 from model.errors import ContextError, UsageError
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -16,11 +15,9 @@ import numpy.typing as npt
 from model.decoding.clock import Clock
 from model.decoding.planning import ROOT_ONLY, Proposal
 from model.decoding.sharing import Worths, share
+from model.decoding.slot import Slot
 from model.trees.costs import CostCurve
 from model.trees.tree import RankPath, Tree
-
-if TYPE_CHECKING:
-    from model.decoding.step import Slot
 
 Float64Array = npt.NDArray[np.float64]
 FIRST_LOOK, REFRESH = 4, 16  # steps to the first look at what drafting earns, doubling up to the distance of later ones

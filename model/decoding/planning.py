@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
+from model.decoding.slot import Slot
 from model.trees.tree import Tree
-
-if TYPE_CHECKING:
-    from model.decoding.step import Slot
 
 ROOT_ONLY = Tree([])
 Draft = Literal["auto", "medusa", "ngram", "both", "none"]  # who drafts: whoever is there, heads, the text so far …

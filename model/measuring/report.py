@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from model.base.whole_file import whole_file
-from model.decoding.step import STAGES
+from model.decoding.slot import STAGES
 from model.engine import Engine
 from model.errors import DataError, OutputError
 

@@ -16,7 +16,7 @@ import numpy as np
 
 from model.decoding.generation import Generation, Request
 from model.decoding.loops import count_repeats
-from model.decoding.step import STAGES, Stats
+from model.decoding.slot import STAGES, Stats
 from model.engine import Decoder, Engine
 
 

@@ -25,7 +25,8 @@ from model.decoding.generation import Request
 from model.decoding.live import HOPEFUL, LivePlan
 from model.decoding.planning import FixedPlan
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.step import Slot, prefill, step
+from model.decoding.slot import Slot
+from model.decoding.step import prefill, step
 from model.engine import Decoder, Engine
 from model.trees.costs import SIZES, CostCurve, measure_curve
 from model.trees.search import Choice, all_choices, grow

@@ -14,7 +14,7 @@ from model.decoding.drafting import Drafter
 from model.decoding.generation import TextStream
 from model.decoding.ngram import NgramIndex
 from model.decoding.sampling import Grammar, Sampler, SamplingParams, log_softmax
-from model.decoding.step import Slot
+from model.decoding.slot import Slot
 from model.errors import ContextError, UsageError
 from model.serving.jobs import Event, Finished, Job, Piece, Started, TokenInfo
 

@@ -9,7 +9,8 @@ from model.decoding.batching import Batch
 from model.decoding.loops import LoopWatch
 from model.decoding.planning import FixedPlan
 from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.step import Base, Slot
+from model.decoding.slot import Slot
+from model.decoding.step import Base
 from model.training.dialogue import Dialogue
 from model.training.prompts import Prompt
 
