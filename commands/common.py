@@ -95,7 +95,7 @@ sampling_options = [
     click.option(
         "--draft_vocab",
         type=click.IntRange(0),
-        help="Draft the N most frequent tokens only; 0: all; default: those that make up 99.5% of the training text.",
+        help="Draft the N most frequent tokens only; 0: all; default: those that make up 99.9% of the training text.",
     ),
 ]
 

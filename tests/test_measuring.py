@@ -13,7 +13,7 @@ from model.decoding.generation import Request
 from model.decoding.sampling import Sampler, SamplingParams
 from model.engine import Engine, EngineOptions, find_heads
 from model.errors import HeadsError, UsageError
-from model.heads.drafter import MedusaDrafter
+from model.heads.drafter import HeadsDrafter
 from model.measuring.proofs import controls, noise_floor, prove, replay
 from model.measuring.speed import compare, repeated_ngrams
 from model.trees.tree import Tree
@@ -90,7 +90,7 @@ def test_tokens_that_no_draft_can_hold_are_counted(engine: Engine) -> None:
     with few, most, engine.decoder() as plain:
         results = compare(engine, requests(engine), few, most, runs=1)
         tokens = [token for request in requests(engine) for token in plain.time(request)[0].tokens]
-    assert isinstance(few.drafter, MedusaDrafter) and len(few.drafter.ids) == 64
+    assert isinstance(few.drafter, HeadsDrafter) and len(few.drafter.ids) == 64
     outside = sum(token not in few.drafter.ids for token in tokens) / len(tokens)
     assert 0 < outside == pytest.approx(results[0]["outside_draft_vocab"])
     assert results[1]["outside_draft_vocab"] < outside

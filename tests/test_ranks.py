@@ -84,16 +84,15 @@ def workers(torchrun: int) -> dict[str, int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the processes below /proc")
-@pytest.mark.parametrize("victim", ["0", "1"])
 def test_a_killed_process_ends_the_run_and_loses_nothing(
-    foreign_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, victim: str
+    foreign_gguf: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = torchrun(options(foreign_gguf, text, tmp_path, "--epochs", "10"))
     metrics, deadline = tmp_path / "out" / "metrics.jsonl", time.monotonic() + 100
     while not metrics.exists() or metrics.read_text().count("validation") < 2:
         assert run.poll() is None and time.monotonic() < deadline, run.communicate()
         time.sleep(0.02)
-    os.kill(workers(run.pid)[victim], signal.SIGKILL)
+    os.kill(workers(run.pid)["0"], signal.SIGKILL)  # the one that writes
     _, errors = run.communicate(timeout=100)
     assert run.returncode != 0
     assert "error: a process of this run failed" in errors and "go on with --resume_from" in errors, errors

@@ -70,8 +70,9 @@ class Teaching(nn.Module):
 
     def __init__(self, heads: MedusaHeads, options: TrainOptions, teacher: Tensor | None) -> None:
         super().__init__()
-        assert (teacher is None) == (options.loss == "ce")
-        self.heads, self._options, self._teacher = heads, options, [teacher]  # in a list: not the module's own
+        assert teacher is not None or options.loss == "ce"
+        # In a list: the teacher is not the module's own.
+        self.heads, self._options, self._teacher = heads, options, [teacher if options.loss == "kd" else None]
 
     def forward(self, around: Tensor, places: Tensor, tokens: Tensor, targets: Tensor, counts: Tensor) -> Tensor:
         """Return `heads_loss` of a batch or a part of one."""
