@@ -6,6 +6,7 @@ import os
 import signal
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads and llama.cpp's fight
+os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -104,6 +105,15 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
     assert len(calls) == 1
     tuned(engine, requests(engine), heads=True)
     assert len(calls) == 2, "another question"
+    assert engine.weights is not None
+    copied = Engine(engine.file.path, engine.options, shutil.copytree(engine.weights, tmp_path / "heads"), HEADS_FOLDER)
+    tuned(copied, requests(engine), heads=True)
+    assert len(calls) == 2, "the same heads, written once more"
+    config = tmp_path / "heads" / "config.json"
+    config.write_text(config.read_text().replace('"steps": ', '"steps": 1'))
+    tuned(copied, requests(engine), heads=True)
+    copied.model.close()
+    assert len(calls) == 3, "others"
     file = tmp_path / f"{KIND}.json"
     content = json.loads(file.read_text())
     damages: list[Any] = [None, {}, {"curve": 3}, {"draft_s": [1.0]}, {"accuracies": [[2.0]], "draft_s": [0.1]}]

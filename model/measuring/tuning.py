@@ -6,6 +6,7 @@ one file, its heads, this machine and these versions; anything else is measured 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import platform
 from collections.abc import Callable, Sequence
@@ -117,7 +118,10 @@ def tuned(
 
 def _key(engine: Engine, sampling: bool, heads: bool, draft_vocab: int | None) -> str:
     n_heads = engine.n_heads if heads else 0  # raises where heads are missing
-    weights = engine.weights.stat().st_mtime_ns if n_heads and engine.weights else 0
+    weights = ""
+    if n_heads and engine.weights:  # what was learnt and how well it guesses, whenever it was written
+        folder = engine.weights if engine.weights.is_dir() else engine.weights.parent
+        weights = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
     parts = (
         engine.file.file_fingerprint(), weights, n_heads, draft_vocab, engine.options, sampling,
         version("llama-cpp-python"), version("torch"), platform.node(), platform.processor(),
