@@ -78,10 +78,12 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         max_length = choose_length(options.max_length, file.context_length)
         model = opened.enter_context(contextlib.closing(load_model(file, settings, ranks)))
         check_lm_head(model, file, threads)
-        curve = training_curve(
-            model, file.file_fingerprint(), settings.medusa_max_tokens_per_step, threads,
-            flash_attn=settings.flash_attn, kv_type=settings.kv_type,
-        )  # fmt: skip
+        curve = None
+        if ranks.first:  # what it says of the tree holds for all, and two that measure at a time disturb each other
+            curve = training_curve(
+                model, file.file_fingerprint(), settings.medusa_max_tokens_per_step, threads,
+                flash_attn=settings.flash_attn, kv_type=settings.kv_type,
+            )  # fmt: skip
         tell(f"model   {file.name} ({file.file_type}): D={file.n_embd}, V={file.n_vocab}, {file.n_layer} layers")
 
         # The text: documents, tokens, windows; some of them are kept for validation.

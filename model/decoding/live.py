@@ -110,14 +110,14 @@ class LivePlan:
         looks = [self._look(slot) for slot in slots]
         counts = [(0, 0)] * roots
         if not self.clock.begin(roots, context):
-            counts = [self._alone(*looks[0])] if roots == 1 else self._shared(slots, looks, context)
+            counts = self._shared(slots, looks, context) if roots > 1 else self._alone(looks[0][0])
         return [
             NOTHING if live is None else Proposal(self._trees[nodes if slot.hidden is not None else 0], following, more)
             for slot, (live, following), (nodes, more) in zip(slots, looks, counts, strict=True)
         ]
 
-    def _alone(self, live: Live | None, following: list[int]) -> tuple[int, int]:
-        return live.table[live.match] if live is not None else (0, 0)
+    def _alone(self, live: Live | None) -> list[tuple[int, int]]:
+        return [live.table[live.match] if live is not None else (0, 0)]
 
     def _shared(
         self, slots: Sequence[Slot], looks: list[tuple[Live | None, list[int]]], context: int

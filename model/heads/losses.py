@@ -98,18 +98,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         soft_cap: float,
         with_grad: bool,
     ) -> Tensor:
-        sums = torch.promote_types(hidden.dtype, torch.float32)
-        for_hidden, for_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
-        grad_hidden = torch.zeros_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=sums) if for_weight else None
-        loss = torch.zeros((), dtype=sums, device=hidden.device)
+        loss, grad_hidden, grad_weight = _sums(ctx, hidden, weight, with_grad)
+        sums, wanted_grad = loss.dtype, grad_hidden is not None or grad_weight is not None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in torch.split(sample_weight.nonzero().squeeze(1), chunk):
                 h = hidden[rows] * logit_scale  # (n,D)
                 wanted = targets(rows) if callable(targets) else targets[rows]
                 logits = (h @ weight.T).to(sums)  # (n,V)
                 factors = sample_weight[rows].to(sums)
-                losses = _cross_entropy(logits, wanted, factors, soft_cap, for_hidden or for_weight)
+                losses = _cross_entropy(logits, wanted, factors, soft_cap, wanted_grad)
                 loss += factors @ losses
                 grad = logits.to(hidden.dtype)  # `logits` now holds its own gradient
                 if grad_hidden is not None:
@@ -133,11 +130,8 @@ class _LinearDistillation(torch.autograd.Function):
         targets: Tensor, sample_weight: Tensor, temperature: float, kd_weight: float, chunk: int, logit_scale: float,
         soft_cap: float, with_grad: bool,
     ) -> Tensor:  # fmt: skip
-        sums = torch.promote_types(hidden.dtype, torch.float32)
-        for_hidden, for_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
-        grad_hidden = torch.zeros_like(hidden) if for_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=sums) if for_weight else None
-        loss = torch.zeros((), dtype=sums, device=hidden.device)
+        loss, grad_hidden, grad_weight = _sums(ctx, hidden, weight, with_grad)
+        sums, wanted_grad = loss.dtype, grad_hidden is not None or grad_weight is not None
         with torch.autocast(hidden.device.type, enabled=False):
             for rows in torch.split((pupils >= 0).any(0).nonzero().squeeze(1), chunk):
                 logits = ((teachers[rows] * logit_scale) @ teacher_weight.T).to(sums)
@@ -151,7 +145,7 @@ class _LinearDistillation(torch.autograd.Function):
                     soft = (wanted, entropy) if whole else (wanted[taught], entropy[taught])
                     losses = _distilled(
                         logits, *soft, targets[k, mine], factors, temperature, kd_weight, soft_cap,
-                        for_hidden or for_weight,
+                        wanted_grad,
                     )  # fmt: skip
                     loss += factors @ losses
                     grad = logits.to(hidden.dtype)  # `logits` now holds its own gradient
@@ -168,6 +162,15 @@ class _LinearDistillation(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return *_scaled_gradients(ctx, grad), *(None,) * 11
+
+
+def _sums(ctx: Any, hidden: Tensor, weight: Tensor, with_grad: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return zeros to add up in: the loss (float32 at the least), the gradients of hidden and weight where needed."""
+    sums = torch.promote_types(hidden.dtype, torch.float32)
+    for_hidden, for_weight = (with_grad and needed for needed in ctx.needs_input_grad[:2])
+    grad_hidden = torch.zeros_like(hidden) if for_hidden else None
+    grad_weight = torch.zeros_like(weight, dtype=sums) if for_weight else None
+    return torch.zeros((), dtype=sums, device=hidden.device), grad_hidden, grad_weight
 
 
 def _scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
