@@ -4,7 +4,8 @@
     python benchmarks/speed.py --what worst --types q4_0          # useless heads, foreign text, long prompts
     python benchmarks/speed.py --what sweep --types bf16          # every size beside the tuned one
     python benchmarks/speed.py --what copying --types bf16        # a text of the prompt is written once more
-    python benchmarks/speed.py --what others --types q4_0         # llama-cpp-python's own loop and prompt lookup
+    python benchmarks/speed.py --others --types q4_0              # llama-cpp-python's own loop and prompt lookup too
+    python benchmarks/speed.py --against build/heads              # other heads for the bundled model take turns too
 
 The model is the one of scale_up.py: it writes what the bundled model writes, at the cost of 1 B parameters. Plain
 decoding has a context of its own; all ways to draft and it take turns in one process. Writes speed.json and speed.md
@@ -34,8 +35,9 @@ import click  # noqa: E402
 import llama_cpp  # noqa: E402
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # noqa: E402
 
-from benchmarks.scale_up import BUNDLED, build  # noqa: E402
+from benchmarks.scale_up import BUNDLED, build, grow_heads  # noqa: E402
 from config import HEADS_FOLDER, Settings  # noqa: E402
+from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.decoding.drafting import RandomDrafter  # noqa: E402
 from model.decoding.generation import Request  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
@@ -46,6 +48,7 @@ from model.measuring.tuning import Tuning, live_decoder, measure  # noqa: E402
 
 PROMPTS = ROOT / "benchmarks" / "prompts"
 TYPES = ("bf16", "q4_0+q4_0", "q4_0", "q4_k_m")  # type, + the LM head's where it differs from llama.cpp's choice
+BUDGET_S = 20.0  # seconds for the curve: the median of three rounds is off by up to a tenth
 COLUMNS = (
     ("type", "type"), ("temperature", "T"), ("who", "drafted by"), ("plain_tokens_per_s", "plain tok/s"),
     ("medusa_tokens_per_s", "drafted tok/s"), ("speedup", "speedup"), ("expected_speedup", "predicted"),
@@ -97,11 +100,17 @@ def labelled(result: dict[str, Any], requests: list[Request], tuning: Tuning, **
     }
 
 
+def fixed_tree(engine: Engine, tuning: Tuning, label: str = "") -> dict[str, Decoder]:
+    """Return the heads' best tree as a way to draft; nothing where none pays."""
+    tree = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes).tree
+    return {f"heads{label}, {len(tree) - 1} fixed": engine.decoder(tree)} if len(tree) > 1 else {}
+
+
 def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, dict[str, Decoder]]]:
     """Yield the kind of prompts and the ways to draft that take turns on them."""
-    context, most = tuning.curve.contexts[0], engine.options.max_nodes
-    best = tuning.best(context, most)
     if what == "sweep":
+        context, most = tuning.curve.contexts[0], engine.options.max_nodes
+        best = tuning.best(context, most)
         trees = [choice.tree for choice in tuning.choices(context, min(most, 16))[1:]]
         marks = [", the tuned one" * (tree.paths == best.tree.paths) for tree in trees]
         yield "python", {f"heads, {len(t) - 1} fixed{m}": engine.decoder(t) for t, m in zip(trees, marks, strict=True)}
@@ -122,8 +131,7 @@ def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, dict
         }
         yield "copying", ways
     else:
-        fixed = {f"heads, {len(best.tree) - 1} fixed": engine.decoder(best.tree)} if len(best.tree) > 1 else {}
-        yield "python", {**fixed, "both": live_decoder(engine, tuning, ngrams=True)}
+        yield "python", {**fixed_tree(engine, tuning), "both": live_decoder(engine, tuning, ngrams=True)}
 
 
 def others(path: Path, requests: list[Request], threads: int) -> dict[str, float]:
@@ -190,25 +198,39 @@ class Amount:
     runs: int
 
 
-def measure_rows(engine: Engine, amount: Amount, temperature: float, **labels: Any) -> list[dict[str, Any]]:
-    """Measure one model at one temperature."""
+def measure_rows(
+    engine: Engine, amount: Amount, temperature: float, against: Engine | None, **labels: Any
+) -> list[dict[str, Any]]:
+    """Measure one model at one temperature. against: the same model with other heads, whose best tree takes turns."""
     rows = []
-    tuning = measure(engine, requests_for(engine, "trial", temperature, 5, 64), heads=True, budget_s=4.0)
+    trial = requests_for(engine, "trial", temperature, 5, 64)
+    tuning = measure(engine, trial, heads=True, budget_s=BUDGET_S)
     for texts, ways in cases(engine, tuning, amount.what):
+        tunings = dict.fromkeys(ways, tuning)
+        if against:
+            other = measure(against, trial, heads=True, budget_s=BUDGET_S, curve=tuning.curve)
+            ways |= fixed_tree(against, other, f" of --against ({against.heads.config.head_type})")
+            tunings |= dict.fromkeys(ways.keys() - tunings.keys(), other)
         requests = requests_for(engine, texts, temperature, amount.n_prompts, amount.max_tokens)
         with ExitStack() as stack:
             for decoder in ways.values():
                 stack.enter_context(decoder)
             results = compare(engine, requests, *ways.values(), runs=amount.runs)
         for who, result in zip(ways, results, strict=True):
-            rows.append(labelled(result, requests, tuning, **labels, temperature=temperature, who=who))
+            rows.append(labelled(result, requests, tunings[who], **labels, temperature=temperature, who=who))
             click.echo(cells(rows[-1]))
-    if amount.what == "others":
-        plain, blank = rows[-1]["plain_tokens_per_s"], dict.fromkeys((key for key, _ in COLUMNS), "")
-        for who, rate in others(engine.file.path, requests, engine.options.n_threads).items():
-            figures = {"medusa_tokens_per_s": rate, "speedup": rate / plain, "plain_tokens_per_s": plain}
-            rows.append({**blank, **labels, "temperature": temperature, "who": who, **figures})
-            click.echo(cells(rows[-1]))
+    return rows
+
+
+def other_rows(engine: Engine, amount: Amount, row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Measure llama-cpp-python's own ways on the prompts of a row, right after it."""
+    rows, plain, temperature = [], row["plain_tokens_per_s"], row["temperature"]
+    requests = requests_for(engine, "python", temperature, amount.n_prompts, amount.max_tokens)
+    labels = {key: "" for key, _ in COLUMNS} | {"type": row["type"], "temperature": temperature}
+    for who, rate in others(engine.file.path, requests, engine.options.n_threads).items():
+        figures = {"medusa_tokens_per_s": rate, "speedup": rate / plain, "plain_tokens_per_s": plain}
+        rows.append({**labels, "who": who, **figures})
+        click.echo(cells(rows[-1]))
     return rows
 
 
@@ -219,9 +241,13 @@ def measure_rows(engine: Engine, amount: Amount, temperature: float, **labels: A
 @click.option("--n_prompts", default=12, show_default=True)
 @click.option("--max_tokens", default=160, show_default=True)
 @click.option("--runs", default=1, show_default=True, help="How often every text is written each way.")
-@click.option("--what", type=click.Choice(["usual", "worst", "sweep", "copying", "others"]), default="usual")
+@click.option("--what", type=click.Choice(["usual", "worst", "sweep", "copying"]), default="usual")
+@click.option("--others/--no-others", "with_others", help="Time llama-cpp-python's own ways too.")
+@click.option("--against", type=click.Path(path_type=Path), help="A folder of other heads for the bundled model.")
 @click.option("--out", type=click.Path(path_type=Path), help="Without suffix; default: benchmarks/results/speed…")
-def main(types: str, temperatures: str, out: Path | None, **amounts: Any) -> None:
+def main(
+    types: str, temperatures: str, with_others: bool, against: Path | None, out: Path | None, **amounts: Any
+) -> None:
     """Measure every type at every temperature."""
     settings, amount = Settings.load(), Amount(**amounts)
     rows, done = list[dict[str, Any]](), set[tuple[str, float]]()
@@ -233,17 +259,27 @@ def main(types: str, temperatures: str, out: Path | None, **amounts: Any) -> Non
             main_type, _, output_type = kind.partition("+")
             scaled = build(amount.shape, main_type.upper(), output_type.upper() or None)
             model, heads = scaled.model, scaled.heads
-        engine = Engine(model, options, heads, HEADS_FOLDER)
+        engine, rival = Engine(model, options, heads, HEADS_FOLDER), None
+        if against:
+            grown = against
+            if amount.shape != "tiny":
+                grown = model.with_suffix(".against")
+                grow_heads(against, GGUFFile(BUNDLED), GGUFFile(model), grown)
+            rival = Engine(model, options, grown, HEADS_FOLDER)
         command = " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])
         about = {**facts(engine), "command": command, **asdict(amount)}
         for temperature in map(float, temperatures.split(",")):
             label = kind or engine.file.file_type
-            rows += measure_rows(engine, amount, temperature, type=label)
+            rows += measure_rows(engine, amount, temperature, rival, type=label)
+            if with_others:
+                rows += other_rows(engine, amount, rows[-1])
             done.add((label, temperature))
             table = sorted(kept_rows(out.with_suffix(".json"), about, done) + rows, key=place)
             write_json(out.with_suffix(".json"), {**about, "rows": table})
             out.with_suffix(".md").write_text(markdown(table, about), encoding="utf-8")
         engine.model.close()
+        if rival:
+            rival.model.close()
 
 
 if __name__ == "__main__":

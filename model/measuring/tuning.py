@@ -130,10 +130,19 @@ def _key(engine: Engine, sampling: bool, heads: bool, draft_vocab: int | None) -
 
 
 def measure(
-    engine: Engine, requests: Sequence[Request], *, heads: bool, draft_vocab: int | None = None, budget_s: float = 1.0
+    engine: Engine,
+    requests: Sequence[Request],
+    *,
+    heads: bool,
+    draft_vocab: int | None = None,
+    budget_s: float = 1.0,
+    curve: CostCurve | None = None,
 ) -> Tuning:
-    """Measure everything; budget_s: seconds for each of curve, drafting and text, if one round takes no longer."""
-    curve = step_curve(engine, budget_s)
+    """Measure everything; budget_s: seconds for each of curve, drafting and text, if one round takes no longer.
+
+    curve: of the same model on this machine, where it is known already.
+    """
+    curve = curve or step_curve(engine, budget_s)
     if not heads or not engine.n_heads:
         return Tuning(curve, [], [], 0)
     tokens = int(min(64 * len(requests), max(64, budget_s / curve.seconds_for(1, 0))))
