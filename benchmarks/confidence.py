@@ -31,8 +31,8 @@ from commands.common import PROMPTS, open_engine  # noqa: E402
 from config import Settings  # noqa: E402
 from model.decoding.planning import FixedPlan  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
+from model.measuring.guess_rates import states_and_followers  # noqa: E402
 from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
-from model.measuring.tuning import states_and_followers  # noqa: E402
 from model.trees.search import grow  # noqa: E402
 from model.trees.tree import RankPath, Tree  # noqa: E402
 

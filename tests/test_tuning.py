@@ -20,7 +20,8 @@ from model.engine import Engine, EngineOptions
 from model.heads.files import base_facts, new_heads, save_heads
 from model.heads.hydra import HydraHeads
 from model.measuring import tuning
-from model.measuring.tuning import KIND, RANKS, Tuning, guess_rates, live_decoder, measure, tuned
+from model.measuring.guess_rates import RANKS, guess_rates
+from model.measuring.tuning import KIND, Tuning, live_decoder, measure, tuned
 from model.trees.costs import CostCurve
 from model.trees.tree import Tree
 

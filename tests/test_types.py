@@ -17,7 +17,8 @@ from model.engine import Engine, EngineOptions
 from model.errors import ModelFileError, OutputError, UsageError
 from model.measuring import copies, types
 from model.measuring.copies import CrowdedTimer, layers_timed, reckon, time_in_turn
-from model.measuring.tuning import StepTimer, Tuning
+from model.measuring.step_times import StepTimer
+from model.measuring.tuning import Tuning
 from model.measuring.types import TypeRow, compare_types, parse_types, table
 from model.trees.costs import CostCurve
 from model.trees.search import best_tree

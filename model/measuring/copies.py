@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from model.base.llama import LlamaBase, LlamaModel
 from model.engine import Engine
-from model.measuring.tuning import LANES, StepTimer
+from model.measuring.step_times import LANES, StepTimer
 from model.trees.costs import CostCurve, measure_curve
 
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16)  # tokens per step that are timed; at the least up to 4

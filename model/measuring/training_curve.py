@@ -7,7 +7,7 @@ from importlib.metadata import version
 
 from model.base.llama import LlamaBase, LlamaModel
 from model.base.remember import recall, remember
-from model.measuring.tuning import LANES, time_steps
+from model.measuring.step_times import LANES, time_steps
 from model.trees.costs import SIZES, CostCurve
 
 KIND = "training_curves"  # of what is remembered

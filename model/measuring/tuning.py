@@ -1,46 +1,32 @@
 """What a step costs on this machine and what drafting wins on this model's own text: measured, kept, and searched.
 
-Everything is timed through `step` itself, so that verification and roll-back are in the figures. Kept facts belong to
-one file, its heads, this machine and these versions; anything else is measured again.
+Kept facts belong to one file, its heads, this machine and these versions; anything else is measured again.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from model.base.llama import LlamaBase
 from model.base.remember import recall, remember
-from model.decoding.drafting import ConstantDrafter, Drafter, Ranker
+from model.decoding.drafting import Drafter
 from model.decoding.generation import Request
 from model.decoding.live import HOPEFUL, LivePlan
-from model.decoding.planning import FixedPlan
-from model.decoding.sampling import Sampler, SamplingParams
-from model.decoding.slot import Slot
-from model.decoding.step import prefill, step
 from model.engine import Decoder, Engine
-from model.trees.costs import SIZES, CostCurve, measure_curve
+from model.measuring.guess_rates import RANKS, guess_rates
+from model.measuring.step_times import draft_seconds, step_curve
+from model.trees.costs import CostCurve
 from model.trees.search import Choice, all_choices, grow
 from model.trees.tree import MAX_LEAVES, Tree
 
-Float64Array = npt.NDArray[np.float64]
 KIND = "tuning"  # of what is remembered
-CONTEXTS = (64, 1024)  # tokens in the cache
-RANKS = 8  # guesses per head that are counted
-PRIOR = 20.0  # positions that the training's own rates count for
-LANES = 8  # of the context that is timed
 BRANCH = 15  # most tokens from the text so far: with the root a multiple of 4, which quantized kernels like
-QUICK_S = 0.02  # a step below this is timed twice after one that is not: llama.cpp rebuilds its graph for a new size
 NEARLY = 0.9  # of the best tree's speed: the live plan may go as large as trees that reach it
 
 
@@ -149,118 +135,6 @@ def measure(
     drafter = engine.drafter(Tree.chain(engine.n_heads), draft_vocab, ranks=RANKS)
     accuracies, seen = guess_rates(engine, drafter, requests, tokens)
     return Tuning(curve, draft_seconds(engine, draft_vocab, budget_s), accuracies.round(6).tolist(), seen)
-
-
-def step_curve(engine: Engine, budget_s: float = 1.0) -> CostCurve:
-    """Time steps of 1 to MEDUSA_MAX_TOKENS_PER_STEP rows over short and long contexts; all drafts are refused.
-
-    One row is timed as plain steps are made, without states.
-    """
-    contexts = sorted({max(2, min(c, engine.context // 2)) for c in CONTEXTS})
-    widest = FixedPlan(Tree.product([LANES]))
-    with engine.base(widest, context=contexts[-1] + SIZES[-1]) as base:
-        return time_steps(base, contexts, engine.options.max_nodes, budget_s)
-
-
-def time_steps(base: LlamaBase, contexts: Sequence[int], max_nodes: int, budget_s: float) -> CostCurve:
-    """Time steps of 1 to max_nodes rows in a context of LANES lanes, of fewer where they take long."""
-    timer = StepTimer(base)
-    plain = timer.run(1, contexts[0])
-    most = min(max_nodes, 64 if plain < 0.005 else 32 if plain < 0.05 else 16)
-    sizes = [n for n in SIZES if n <= most]
-    return measure_curve(timer.run, sizes if len(sizes) > 1 else [1, 2], contexts, budget_s=budget_s)
-
-
-class StepTimer:
-    """Steps of any size over one made-up text, which is as long again after each."""
-
-    def __init__(self, base: LlamaBase) -> None:
-        self._base, self._context, self._tokens = base, 0, list[int]()
-
-    def run(self, n: int, context: int) -> float:
-        """Return the seconds of a step of n rows over so many cached tokens."""
-        if context != self._context:
-            self._base.clear()
-            rng = np.random.default_rng(0)
-            self._tokens = rng.integers(0, self._base.n_vocab, context + 1).tolist()
-            prefill(self._base, self._slot(1))
-            self._context = context
-        took = self._step(n)
-        return median(self._step(n) for _ in range(2)) if took < QUICK_S else took
-
-    def _slot(self, n: int) -> Slot:
-        lanes, sampler = range(self._base.n_seq_max), Sampler(SamplingParams())
-        slot = Slot(list(self._tokens), 1 << 30, sampler, lambda token: False, lanes=lanes)
-        if n > 1:
-            slot.drafter, slot.hidden = ConstantDrafter(0), np.zeros((1, self._base.n_embd), np.float32)
-        return slot
-
-    def _step(self, n: int) -> float:
-        slot = self._slot(n)
-        step(self._base, [slot], FixedPlan(Tree.chain(n - 1)))
-        self._base.seq_rm(-1, len(self._tokens) - 1, -1)
-        return slot.stats.seconds
-
-
-def draft_seconds(engine: Engine, draft_vocab: int | None, budget_s: float) -> list[float]:
-    """Return (K,) seconds that chains of 1 … K tokens take to draft between two decodes, where all caches are cold."""
-    k = engine.n_heads
-    chains = {depth: Tree.chain(depth) for depth in sorted({1, (k + 1) // 2, k})}
-    drafters = {depth: engine.drafter(chain, draft_vocab) for depth, chain in chains.items()}
-    times: dict[int, list[float]] = {depth: [] for depth in drafters}
-    state, start = np.random.default_rng(0).standard_normal((1, engine.file.n_embd)).astype(np.float32), perf_counter()
-    with engine.base() as base:
-        while len(times[k]) < 3 or (len(times[k]) < 40 and perf_counter() - start < budget_s):
-            for depth, drafter in drafters.items():
-                base.clear()
-                base.decode(np.zeros(1, np.int32), 0, 0)
-                since = perf_counter()
-                drafter.draft(state, [0], [chains[depth]])
-                times[depth].append(perf_counter() - since)
-    return np.interp(np.arange(1, k + 1), list(times), [median(t) for t in times.values()]).tolist()
-
-
-def guess_rates(engine: Engine, drafter: Ranker, requests: Sequence[Request], tokens: int) -> tuple[Float64Array, int]:
-    """Write texts without drafts and count which guess of each head was right where the best ones before it were.
-
-    Returns ((K, R) rates, the positions counted); the rates of the training count for PRIOR positions.
-    """
-    each = max(engine.n_heads + 4, math.ceil(tokens / len(requests)))
-    prior = np.array(engine.heads_facts["rank_accuracies"], np.float64)[: engine.n_heads, :RANKS]
-    hits, tries = np.zeros((engine.n_heads, RANKS)), np.zeros(engine.n_heads)
-    with engine.decoder() as plain, engine.base(FixedPlan(Tree.chain(1))) as base:
-        for request in requests:
-            text = plain.start(replace(request, max_tokens=each, stop=()))
-            text.run()
-            states, behind = states_and_followers(base, text.slot.tokens, text.slot.prompt_length, engine.n_heads)
-            if not len(states):
-                continue
-            guesses, _ = drafter.rank(states, behind[:, :-1])
-            alive = np.ones(len(guesses), np.bool_)
-            for k in range(engine.n_heads):
-                right = guesses[:, k] == behind[:, k + 1, None]  # (n, R)
-                hits[k] += right[alive].sum(0)
-                tries[k] += alive.sum()
-                alive &= right[:, 0]
-            if tries[0] >= tokens:
-                break
-    padded = np.zeros_like(hits)
-    padded[:, : prior.shape[1]] = prior
-    return (hits + PRIOR * padded) / (tries + PRIOR)[:, None], int(tries[0])
-
-
-def states_and_followers(
-    base: LlamaBase, tokens: list[int], prompt: int, k: int
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.int32]]:
-    """Return the states (n, D) that decided the new tokens of a text; those, each with the k behind it (n, k + 1)."""
-    ids, states = np.array(tokens, np.int32), list[npt.NDArray[np.float32]]()
-    base.clear()
-    base.want_states(True)
-    for at in range(0, len(ids), base.n_batch):
-        base.decode(ids[at : at + base.n_batch], at, 0, outputs=True)
-        states.append(base.hidden(len(ids[at : at + base.n_batch])).copy())
-    decided = np.arange(prompt - 1, len(ids) - 1 - k)
-    return np.concatenate(states)[decided], ids[decided[:, None] + 1 + np.arange(k + 1)]
 
 
 def live_decoder(
