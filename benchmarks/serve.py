@@ -162,7 +162,8 @@ def through_http(
         for seed, prompt in enumerate(prompts):
             generation, seconds = decoder.time(Request(prompt, tokens, SamplingParams(temperature, seed=seed)))
             answer = asyncio.run(ask(address, prompt=prompt, max_tokens=tokens, temperature=temperature, seed=seed))
-            for i, (n, s) in enumerate(((len(generation.tokens), seconds), (answer.tokens, answer.rest_s))):
+            behind_prompt = answer.first_s + answer.rest_s - answer.timings["prompt_ms"] / 1e3
+            for i, (n, s) in enumerate(((len(generation.tokens), seconds), (answer.tokens, behind_prompt))):
                 written[i] += n
                 spent[i] += s
     rates = {name: n / s for name, n, s in zip(("generate", "http"), written, spent, strict=True)}

@@ -36,7 +36,7 @@ class Talk:
         self._template = template_of(engine.file.metadata) if has_template else None
         self._said: list[Message] = [{"role": "system", "content": system}] if system else []
         base = decoder.base
-        self._batch = Batch(base, decoder.plan, places=1, cells=base.n_ctx, keep=True)
+        self._batch = Batch(base, decoder.plan, places=1, cells=base.n_ctx, keep=engine.model.can_roll_back)
         self.writing: Writing | None = None
 
     def answer(self, line: str) -> Generator[Piece, None, None]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from model.serving.protocol import Worker
 
 _GRACE = 2  # seconds more for the web server than for the texts, so that their last words are sent
+_HEAD_S = 30.0  # that a client may take to say what it wants
 
 
 @click.command()
@@ -42,7 +43,6 @@ def serve() -> None:
         max_queue=settings.max_queue,
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout,
-        shutdown_timeout_s=settings.shutdown_timeout,
     )
     with listen(settings.host, settings.port) as listener:  # a taken port is told before the model loads
         asyncio.run(run(settings, options, listener))
@@ -63,6 +63,7 @@ async def run(settings: Settings, options: ServerOptions, listener: socket.socke
     import uvicorn
 
     from model.serving.app import create_app
+    from model.serving.connections import Server, protocol
 
     worker = start_worker(settings)
     config = uvicorn.Config(
@@ -71,9 +72,10 @@ async def run(settings: Settings, options: ServerOptions, listener: socket.socke
         access_log=settings.log_level in ("DEBUG", "INFO"),
         server_header=False,
         ws="none",
+        http=protocol(_HEAD_S),
         timeout_graceful_shutdown=settings.shutdown_timeout + _GRACE,
     )
-    server = uvicorn.Server(config)
+    server = Server(config, worker, settings.shutdown_timeout)
     address = f"http://{shown_host(settings.host)}:{listener.getsockname()[1]}"
     telling = asyncio.create_task(tell(worker, server, address, key=options.api_key is not None))
     try:

@@ -13,13 +13,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from commands.serve import listen
+from model.serving.connections import Server, protocol
+from model.serving.protocol import Worker
 
 
 @contextmanager
-def on_a_socket(app: FastAPI) -> Iterator[str]:
+def on_a_socket(app: FastAPI, worker: Worker, head_s: float = 30.0) -> Iterator[str]:
     """Serve an app in a thread; yield its address."""
     with listen("127.0.0.1", 0) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, log_config=None))
+        server = Server(uvicorn.Config(app, log_config=None, http=protocol(head_s)), worker, 0.5)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -26,6 +27,7 @@ class FakeWorker:
         self.cancelled: list[str] = []
         self.refusal = ""
         self.closed_with: float | None = None
+        self.ended = False
         self.alive: set[str] = set()
         self.cached = 0
         self._slots = asyncio.Semaphore(slots)
@@ -85,6 +87,9 @@ class FakeWorker:
             await asyncio.sleep(self.step_s)
             if job.id not in self.alive:
                 return
+            if self.ended:
+                yield Failed(job.id, "internal", "the server is shutting down")
+                return
             if prompt == "BREAK" and steps == 3:
                 return
             if prompt == "FAIL LATER" and steps == 3:
@@ -136,3 +141,7 @@ class FakeWorker:
     async def close(self, deadline_s: float) -> None:
         self.closed_with = deadline_s
         self.ready = False
+        end = time.monotonic() + deadline_s
+        while self.alive and time.monotonic() < end:
+            await asyncio.sleep(0.01)
+        self.ended = True

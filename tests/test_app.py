@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
+from asgi import Connection
 from fake_worker import FakeWorker
 from starlette.testclient import TestClient
 
@@ -301,10 +303,19 @@ def test_time_is_limited(worker: FakeWorker) -> None:
     assert len(worker.cancelled) == 2 and not worker.alive
 
 
-def test_the_worker_is_closed_with_the_server(worker: FakeWorker) -> None:
-    with open_client(worker, shutdown_timeout_s=7.5):
-        assert worker.closed_with is None
-    assert worker.closed_with == 7.5
+def test_a_client_that_leaves_while_it_sends_is_no_fault_of_ours(worker: FakeWorker) -> None:
+    class Leaving(Connection):
+        async def _receive(self) -> Any:
+            if self._body is None:
+                return {"type": "http.disconnect"}
+            body, self._body = self._body, None
+            return {"type": "http.request", "body": body[:5], "more_body": True}
+
+    async def leave() -> int:
+        status, _ = await Leaving(create_app(worker, ServerOptions()), {"prompt": "a"}).answer()
+        return status
+
+    assert asyncio.run(leave()) == 499 and not worker.jobs
 
 
 def test_metrics_count(client: TestClient, worker: FakeWorker) -> None:

@@ -51,7 +51,7 @@ def worker() -> FakeWorker:
 def page(browser: Browser, worker: FakeWorker) -> Iterator[Page]:
     """The page of a running server. No script error and no breach of its policy may turn up."""
     bad: list[str] = []
-    with on_a_socket(create_app(worker, ServerOptions())) as address:
+    with on_a_socket(create_app(worker, ServerOptions()), worker) as address:
         page = browser.new_page()
         page.set_default_timeout(10_000)
         page.on("pageerror", lambda error: bad.append(str(error)))
@@ -98,7 +98,7 @@ def test_plain_has_no_tints_and_a_chat_remembers(page: Page, worker: FakeWorker)
 
 def test_a_race_streams_both(page: Page, worker: FakeWorker) -> None:
     write(page, "hello", "completion", "race")
-    page.get_by_text("times as fast as plain here").wait_for()
+    page.get_by_text("times as many tokens from the same passes").wait_for()
     assert [job.draft for job in worker.jobs] == ["none", "auto"] and len({j.sampling.seed for j in worker.jobs}) == 1
     assert page.locator("h2").all_inner_texts() == ["plain", "Medusa"] and page.locator(".lane.won").count() == 1
     assert page.locator(".lane").nth(0).locator(DRAFTED).count() == 0
@@ -127,7 +127,7 @@ def test_it_fits_a_phone_and_the_dark(page: Page) -> None:
     assert colours[0] != colours[1]
     page.set_viewport_size({"width": 360, "height": 640})
     write(page, "w" * 300, "completion", "race")
-    page.get_by_text("times as fast as plain here").wait_for()
+    page.get_by_text("times as many tokens from the same passes").wait_for()
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     first, second = (page.locator(".lane").nth(i).bounding_box() for i in (0, 1))
     assert first and second and second["y"] >= first["y"] + first["height"], "one below the other"

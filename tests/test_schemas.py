@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -51,6 +52,22 @@ def test_every_field_reaches_the_job() -> None:
         "id-0", "a", 9, Sampling(**sampling, logit_bias={5: -100.0, 999: 2.5}), ("x", "yz"), "ngram", True, 3, True,
         "root ::= [a-z]+",
     )  # fmt: skip
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_anyone_tokenizes_it() -> None:
+    info = replace(INFO, longest_token=8)
+    for body, least in (
+        ({"prompt": "x = 1\n" * 600_000, "n": 3}, 450_000), ({"prompt": [[1], [7] * 512]}, 512),
+        ({"prompt": "é" * 2048}, 512),
+    ):  # fmt: skip
+        with pytest.raises(ApiError, match=f"the prompt has {least} tokens at the least, the context 512") as error:
+            parse(CompletionRequest, json.dumps(body).encode()).jobs("id", info)
+        assert error.value.status == 400
+    long = {"messages": [{"role": "user", "content": "a" * 2048}] * 2}
+    with pytest.raises(ApiError, match="has 512 tokens at the least"):
+        parse(ChatRequest, json.dumps(long).encode()).jobs("id", info)
+    for fits in ("é" * 2047, [7] * 511):
+        assert len(parse(CompletionRequest, json.dumps({"prompt": fits}).encode()).jobs("id", info)) == 1
 
 
 def test_null_is_absent_and_other_types_are_not_bent() -> None:

@@ -48,9 +48,9 @@ def worker() -> FakeWorker:
 
 @pytest.fixture(scope="module")
 def address(worker: FakeWorker) -> Iterator[str]:
-    with on_a_socket(create_app(worker, ServerOptions(api_key=KEY))) as address:
+    with on_a_socket(create_app(worker, ServerOptions(api_key=KEY)), worker) as address:
         yield address
-    assert worker.closed_with is not None
+    assert worker.closed_with == 0.5
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,38 @@ def test_main_without_a_command_serves_until_it_is_told_to_end() -> None:
             urllib.request.urlopen(f"{address}/health")
         assert server.wait(10) in (0, -signal.SIGTERM)
         assert server.stderr.read() == ""
+
+
+def test_what_cannot_finish_before_the_deadline_is_told_so() -> None:
+    script = SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests"), refusal="")
+    env = {**os.environ, "PORT": "0", "HOST": "127.0.0.1", "SHUTDOWN_TIMEOUT": "1"}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stdout and server.stderr
+        address = [server.stdout.readline() for _ in range(3)][-1].split()[-1]
+        body = json.dumps({"prompt": "a", "max_tokens": 500, "stream": True}).encode()
+        request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request) as stream:
+            first = stream.readline()
+            server.send_signal(signal.SIGTERM)
+            rest = stream.read().decode()
+        assert b"choices" in first and "the server is shutting down" in rest.strip().splitlines()[-1]
+        assert server.wait(10) in (0, -signal.SIGTERM)
+        assert server.stderr.read() == ""
+
+
+def test_a_client_that_keeps_silent_is_shown_out(worker: FakeWorker) -> None:
+    waiting = FakeWorker(step_s=0.02)
+    with on_a_socket(create_app(waiting, ServerOptions()), waiting, head_s=0.3) as address:
+        host, port = address.removeprefix("http://").split(":")
+        since, body = time.monotonic(), b'{"prompt": "a", "max_tokens": 60}'
+        with socket.create_connection((host, int(port))) as silent, socket.create_connection((host, int(port))) as slow:
+            slow.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\n")
+            request = urllib.request.Request(f"{address}/v1/completions", body, {"Content-Type": "application/json"})
+            with urllib.request.urlopen(request) as answer:  # takes longer than a silent client has
+                assert json.load(answer)["usage"]["completion_tokens"] == 60
+            assert time.monotonic() - since > 0.3
+            assert silent.recv(1) == b"" and slow.recv(1) == b""
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server() -> None:

@@ -65,6 +65,8 @@ def test_typical_acceptance_keeps_the_longest_path_that_is_likely_enough() -> No
     assert typically(logits, params, end=6) == (2, [5, 6], True)
     assert typically(logits, params, room=1) == (0, [5], True)
     assert typically(logits, SamplingParams())[1][0] == 4, "greedy decoding stays exact"
+    assert typically(logits, SamplingParams(1.0, seed=1, logit_bias={6: -100.0}))[1][:2] != [5, 6], "a banned token"
+    assert typically(logits, SamplingParams(1.0, seed=1, top_k=1))[1][0] == 4, "what top-k leaves out is not typical"
     logits[0] = 1.0, *[0.0] * 9  # flat: e^-entropy lowers what is asked for, but 4 and 5 must still reach it
     logits[0, [4, 5]] = -20.0
     assert typically(logits, params)[0] == 0, "an unlikely token does not stand"

@@ -13,7 +13,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
-import numpy as np
 import pytest
 
 from config import HEADS_FOLDER
@@ -280,15 +279,6 @@ def test_the_cache_is_told_of(served: Served) -> None:
     assert 8 < served.worker.cached <= served.worker.info.cells
 
 
-def test_a_huge_prompt_is_refused_before_it_is_tokenized(served: Served) -> None:
-    (done,) = served.write(Job("a", "x = 1\n" * 600_000, 5))
-    assert isinstance(done.last, Failed) and "at the least" in done.last.message and "512" in done.last.message
-    (done,) = served.write(Job("b", "x = 1\n" * 400, 5))
-    assert isinstance(done.last, Failed) and "at the least" not in done.last.message, (
-        "counted exactly where it is cheap"
-    )
-
-
 def test_a_seed_repeats_a_text_whoever_drafts(served_f32: Served) -> None:
     served = served_f32
     sampling = Sampling(temperature=0.9, seed=11, min_p=0.02, frequency_penalty=0.3, repeat_penalty=1.1)
@@ -320,7 +310,7 @@ def test_characters_are_never_split(served: Served) -> None:
         done = served.write(Job("a", "# 5 €", 31, sampling, draft=kind))[0]
         texts.append(done.text)
         pieces = [event.text for event in done.events if isinstance(event, Piece)]
-        assert "".join(pieces).encode().decode() == done.text
+        assert "€" in done.text and all(p == p.encode().decode() for p in pieces)
         assert "".join(t.text for e in done.events if isinstance(e, Piece) for t in e.tokens) in (
             done.text,
             done.text[:-1],
@@ -491,6 +481,22 @@ def test_a_killed_process_is_replaced(second: Served) -> None:
     assert gone(last) and last not in [process.pid for process in multiprocessing.active_children()]
 
 
+def test_a_process_that_says_nothing_is_replaced(bundled_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.serving.worker.STUCK_S", 4.0)  # more than SIGN_OF_LIFE_S
+    for second in serve(options(bundled_gguf, draft="ngram", tree="1")):
+        assert second.worker._life is not None
+        pid = second.worker._life.process.pid
+        assert pid is not None
+        time.sleep(1.0)
+        assert second.write(Job("a", PROMPTS[0], 3, GREEDY))[0].last.new_tokens == 3
+        os.kill(pid, signal.SIGSTOP)  # it hangs, as in a grammar that llama.cpp never comes to an end with
+        since = time.perf_counter()
+        (done,) = second.write(Job("b", PROMPTS[0], 3, GREEDY))
+        assert isinstance(done.last, Failed) and 3.0 < time.perf_counter() - since < 20 and gone(pid)
+        second.run(second.worker.wait_ready())
+        assert second.write(Job("c", PROMPTS[0], 3, GREEDY))[0].last.new_tokens == 3
+
+
 def test_a_deadline_ends_what_still_runs(second: Served) -> None:
     worker = second.worker
 
@@ -503,8 +509,7 @@ def test_a_deadline_ends_what_still_runs(second: Served) -> None:
         return await task, time.perf_counter() - since
 
     done, took = second.run(close())
-    assert isinstance(done.last, (Failed, Finished)) and took < 4
-    assert np.isfinite(took)
+    assert isinstance(done.last, Failed) and "shutting down" in done.last.message and took < 4
 
 
 def test_a_model_that_cannot_be_loaded_is_refused(tmp_path: Path) -> None:

@@ -180,6 +180,18 @@ class Sampler:
             ids = ids[logits[ids] >= logits[ids].max() + p.temperature * np.log(p.min_p)]
         return np.sort(ids)
 
+    def log_shares(self, logits: Float32Array) -> npt.NDArray[np.float64]:
+        """Return the log probabilities (V,) that `choose` draws from, without what follows the text; not when greedy.
+
+        Biases, top-k, top-p, min-p and temperature are in them; what they leave out is minus infinity.
+        """
+        if self._shapes:
+            logits = self._shaped(logits)
+        kept = self.kept(logits)
+        out = np.full(len(logits), -np.inf)
+        out[kept] = log_softmax(logits[kept] / np.float32(self.params.temperature))
+        return out
+
     def margin(self, logits: Float32Array, token: int, index: int) -> float:
         """Return by how much logits would have to differ for `token` to be chosen: 0 when it is.
 

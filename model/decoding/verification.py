@@ -14,7 +14,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from model.decoding.sampling import COLD, Sampler, log_softmax
+from model.decoding.sampling import COLD, Sampler
 from model.trees.tree import Tree
 
 THRESHOLD, ALPHA = 0.09, 0.3  # upstream's posterior_threshold and posterior_alpha
@@ -73,8 +73,9 @@ def verify_typically(
             best, last = (tree.depth_list[node], so_far), node
         if not tree.children[node]:
             continue
-        shares = log_softmax(logits[node] / np.float32(sampler.params.temperature))
-        entropy = -float((np.exp(shares) * shares).sum())
+        shares = sampler.log_shares(logits[node])
+        likely = shares[np.isfinite(shares)]
+        entropy = -float((np.exp(likely) * likely).sum())
         least = min(np.log(THRESHOLD), np.log(ALPHA) - entropy)
         waiting += [(c, so_far + float(shares[tokens[c]])) for c in tree.children[node] if shares[tokens[c]] > least]
     path, won = tree.path_to(last), list[int]()

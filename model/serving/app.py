@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from fastapi import FastAPI
@@ -28,20 +26,13 @@ class ServerOptions:
     max_body_bytes: int = 4 * 1024 * 1024
     body_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
-    shutdown_timeout_s: float = 10.0
 
 
 def create_app(worker: Worker, options: ServerOptions) -> FastAPI:
-    """Return the server. The worker may still be loading; it is closed when the server shuts down."""
+    """Return the server. The worker may still be loading; whoever started it closes it."""
     metrics = Metrics(worker)
-
-    @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        yield
-        await worker.close(options.shutdown_timeout_s)
-
     # no OpenAPI pages: they load scripts from elsewhere
-    app = FastAPI(title="medusa-gguf", lifespan=lifespan, openapi_url=None, docs_url=None, redoc_url=None)
+    app = FastAPI(title="medusa-gguf", openapi_url=None, docs_url=None, redoc_url=None)
     app.include_router(router(Service(worker, metrics, options.max_queue, options.request_timeout_s)))
     add_handlers(app)
     # the last one added is the first one asked

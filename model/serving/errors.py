@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from model.errors import MedusaError
@@ -90,8 +91,6 @@ def of_failure(failed: Failed) -> ApiError:
     message = (failed.message.splitlines() or ["failed"])[0][:500]
     if failed.kind == "bad_request":
         return ApiError(400, message)
-    if failed.kind == "overloaded":
-        return ApiError(503, message, code="overloaded", retry_after_s=5)
     return ApiError(500, message)
 
 
@@ -126,4 +125,5 @@ def add_handlers(app: FastAPI) -> None:
     for kind in (ApiError, Overloaded, MedusaError, Exception):
         app.add_exception_handler(kind, told)
     app.add_exception_handler(HTTPException, http)
-    app.add_exception_handler(ClientGone, gone)
+    for kind in (ClientGone, ClientDisconnect):
+        app.add_exception_handler(kind, gone)

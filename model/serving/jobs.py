@@ -99,7 +99,7 @@ class Failed:
     """The text cannot be (or go on to be) written. kind "bad_request": the client's fault."""
 
     id: str
-    kind: Literal["bad_request", "overloaded", "internal"]
+    kind: Literal["bad_request", "internal"]
     message: str
 
 
@@ -134,3 +134,4 @@ class ModelInfo:
     slots: int
     cells: int  # tokens that the cache holds, of all texts
     chat: bool  # whether the GGUF has a chat template
+    longest_token: int = 0  # in bytes

@@ -26,12 +26,14 @@ from model.decoding.batching import Batch
 from model.decoding.planning import FixedPlan
 from model.decoding.sampling import SamplingParams
 from model.engine import Engine, EngineOptions
-from model.errors import ContextError, MedusaError, UsageError
+from model.errors import MedusaError, UsageError
 from model.measuring.choosing import Wish, choose, trial_requests
 from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Started, merged
 from model.serving.writing import Writing
 
 log = logging.getLogger(__name__)
+COMMANDS_S = 0.02  # that commands may take between two passes, where there is more than one
+SIGN_OF_LIFE_S = 2.0  # after which something is said even where nothing has happened, as while long prompts are read
 GATHER_S = 0.01  # that text may wait for more: small models take a step in less than passing it on takes
 STALL_S = 0.1  # that prompts may hold up running texts between two passes
 CACHE_BYTES = 1 << 30  # of the KV cache, where nobody says how many cells; one context's at the least
@@ -67,36 +69,57 @@ def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
         signal.signal(reaches_the_whole_group, signal.SIG_IGN)  # the parent decides
     logging.basicConfig(level=options.log_level, format="%(message)s")
     commands: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
-    threading.Thread(target=_listen, args=(inbox, commands), daemon=True).start()
+    questions: queue.SimpleQueue[tuple[Any, ...]] = queue.SimpleQueue()
+    threading.Thread(target=_listen, args=(inbox, commands, questions), daemon=True).start()
     try:
         model = ServedModel(options)
     except MedusaError as error:
         outbox.send(("refused", str(error)))
         return
     outbox.send(("ready", model.info))
-    events, sent = list[Event](), 0.0
+    speaking = threading.Lock()
+    threading.Thread(target=_answer, args=(model, questions, outbox, speaking), daemon=True).start()
+    events, sent = list[Event](), perf_counter()
     while True:
-        while not (commands.empty() and model.busy):
-            command = commands.get()
-            if command[0] == "quit":
+        began = perf_counter()
+        while not model.busy or (not commands.empty() and perf_counter() - began < COMMANDS_S):
+            kind, *rest = commands.get()
+            if kind == "quit":
                 return
-            answer = model.take(*command)
-            if answer is not None:
-                outbox.send(("answer", *answer))
+            model.submit(*rest) if kind == "submit" else model.cancel(*rest)
         events += model.work()
-        hurry = not model.busy or any(isinstance(event, Started | Finished) for event in events)
-        if events and (hurry or perf_counter() - sent > GATHER_S):
-            outbox.send(("events", merged(events), model.cached))
+        hurry = not model.busy or any(isinstance(event, Started | Finished | Failed) for event in events)
+        waited = perf_counter() - sent
+        if (events and (hurry or waited > GATHER_S)) or waited > SIGN_OF_LIFE_S:
+            with speaking:
+                outbox.send(("events", merged(events), model.cached))
             events, sent = [], perf_counter()
 
 
-def _listen(inbox: Connection, commands: queue.SimpleQueue[tuple[Any, ...]]) -> None:
-    """Pass commands on; leave at once when the parent is gone."""
+def _listen(
+    inbox: Connection, commands: queue.SimpleQueue[tuple[Any, ...]], questions: queue.SimpleQueue[tuple[Any, ...]]
+) -> None:
+    """Pass on what comes; leave at once when the parent is gone."""
     try:
         while True:
-            commands.put(inbox.recv())
+            command = inbox.recv()
+            (commands if command[0] in ("submit", "cancel", "quit") else questions).put(command)
     except (EOFError, OSError):
         os._exit(1)
+
+
+def _answer(
+    model: ServedModel, questions: queue.SimpleQueue[tuple[Any, ...]], outbox: Connection, speaking: threading.Lock
+) -> None:
+    """Answer questions beside the passes: a tokenizer takes seconds for megabytes."""
+    while True:
+        kind, key, *values = questions.get()
+        try:
+            answer = getattr(model, kind)(*values)
+        except MedusaError as error:
+            answer = error
+        with speaking:
+            outbox.send(("answer", key, answer))
 
 
 class ServedModel:
@@ -104,7 +127,6 @@ class ServedModel:
 
     def __init__(self, options: ModelOptions) -> None:
         engine = self._engine = Engine(options.model_path, options.engine, options.weights, options.heads_folder)
-        self._longest = max(len(t.encode()) for t in engine.file.metadata["tokenizer.ggml.tokens"])  # bytes of a token
         self._template = template_of(engine.file.metadata)
         trial = trial_requests(engine, options.trial_prompts, SamplingParams())
         chosen = choose(engine, options.wish, trial, lanes=MAX_SEQUENCES // options.slots)
@@ -132,10 +154,18 @@ class ServedModel:
             slots=options.slots,
             cells=self._base.n_ctx,
             chat="tokenizer.chat_template" in engine.file.metadata,
+            longest_token=max(len(t.encode()) for t in engine.file.metadata["tokenizer.ggml.tokens"]),
         )
 
     def _new_batch(self) -> Batch:
-        return Batch(self._base, self._plan, places=self._slots, cells=self._base.n_ctx, stall_s=STALL_S, keep=True)
+        return Batch(
+            self._base,
+            self._plan,
+            places=self._slots,
+            cells=self._base.n_ctx,
+            stall_s=STALL_S,
+            keep=self._engine.model.can_roll_back,  # a text that is kept has to lose its end
+        )
 
     @property
     def busy(self) -> bool:
@@ -147,35 +177,25 @@ class ServedModel:
         """Tokens in the cache."""
         return self._batch.cached
 
-    def take(self, kind: str, *rest: Any) -> tuple[int, Any] | None:
-        """Obey a command; return (key, value or error) where it wants an answer."""
-        if kind == "submit":
-            self._submit(rest[0])
-        elif kind == "cancel":
-            self._cancel(rest[0])
-        else:
-            key, *values = rest
-            try:
-                return key, getattr(self, f"_{kind}")(*values)
-            except MedusaError as error:
-                return key, error
-        return None
-
-    def _tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+    def tokenize(self, text: str, add_special: bool, parse_special: bool) -> list[int]:
+        """Return the ids of a text. This and the next two may be called from another thread."""
         tokens: list[int] = self._engine.model.tokenize(text, add_bos=add_special, parse_special=parse_special).tolist()
         return tokens
 
-    def _detokenize(self, tokens: list[int]) -> str:
+    def detokenize(self, tokens: list[int]) -> str:
+        """Return the text of ids."""
         model = self._engine.model
         outside = [t for t in tokens if not 0 <= t < model.n_vocab]
         if outside:
             raise UsageError(f"token {outside[0]}: the vocabulary has {model.n_vocab} tokens, from 0 on")
         return model.detokenize(tokens)
 
-    def _apply_template(self, messages: list[dict[str, Any]]) -> str:
+    def apply_template(self, messages: list[dict[str, Any]]) -> str:
+        """Return a conversation as the model's template writes it."""
         return self._template.render(messages, prompt=True)
 
-    def _submit(self, job: Job) -> None:
+    def submit(self, job: Job) -> None:
+        """Queue a job, or fail it where it cannot be written."""
         try:
             self._waiting.append(self._writing(job))
         except MedusaError as error:
@@ -205,14 +225,11 @@ class ServedModel:
         if not isinstance(prompt, str) and all(isinstance(token, int) for token in prompt):
             return [token for token in prompt if isinstance(token, int)]
         template = not isinstance(prompt, str)
-        text = self._apply_template([m for m in prompt if isinstance(m, dict)]) if template else str(prompt)
-        least = len(text.encode(errors="replace")) // self._longest
-        if least >= self._engine.context:  # a tokenizer takes seconds for megabytes, and all texts would wait for it
-            raise ContextError(f"the prompt has {least} tokens at the least, the context {self._engine.context}")
-        tokens, bos = self._tokenize(text, True, True), self._engine.model.bos
+        text = self.apply_template([m for m in prompt if isinstance(m, dict)]) if template else str(prompt)
+        tokens, bos = self.tokenize(text, True, True), self._engine.model.bos
         return tokens[1:] if template and tokens[:2] == [bos, bos] else tokens
 
-    def _cancel(self, id: str) -> None:
+    def cancel(self, id: str) -> None:
         """Free a job's place; one that is unknown or done is no error."""
         writing = self._running.pop(id, None)
         if writing is not None:
@@ -222,16 +239,16 @@ class ServedModel:
     def work(self) -> list[Event]:
         """Admit what fits, take all running jobs one pass further, return what has happened."""
         out, self._failed = self._failed, []
-        while self._waiting:
-            writing = self._waiting[0]
-            if not self._batch.admit(writing.slot, fresh=writing.job.fresh, look=writing.look):
-                break
-            self._waiting.popleft()
-            writing.admitted()
-            self._running[writing.job.id] = writing
-        if not self._running:
-            return out
         try:
+            while self._waiting:
+                writing = self._waiting[0]
+                if not self._batch.admit(writing.slot, fresh=writing.job.fresh, look=writing.look):
+                    break
+                self._waiting.popleft()
+                writing.admitted()
+                self._running[writing.job.id] = writing
+            if not self._running:
+                return out
             self._batch.step()
             for id, writing in list(self._running.items()):
                 out += writing.events()

@@ -38,11 +38,11 @@ class Worker(Protocol):
 
     @property
     def queue_length(self) -> int:
-        """Jobs that wait for a slot."""
+        """Jobs that wait, or whose prompt is being read."""
 
     @property
     def running(self) -> int:
-        """Jobs that have a slot."""
+        """Jobs that are being written."""
 
     async def wait_ready(self) -> None:
         """Wait until the model is loaded. Raises MedusaError where it cannot be."""

@@ -86,7 +86,8 @@ class TextRequest(Strict):
     def jobs(self, id: str, info: ModelInfo, most: int = MOST_TEXTS) -> list[Job]:
         """Return a job per choice: all of the first prompt, all of the second …, the choices' seeds one apart.
 
-        most: how many texts the server can hold at once. Raises ApiError where the model lacks a token.
+        most: how many texts the server can hold at once. Raises ApiError where the model lacks a token, or where a
+        prompt cannot fit into the context, however it is tokenized: a tokenizer takes seconds for megabytes.
         """
         prompts = self._prompts()
         if len(prompts) * self.n > most:
@@ -96,6 +97,9 @@ class TextRequest(Strict):
             if wrong := [t for t in used if t >= info.vocabulary]:
                 message = f"{name}: there is no token {wrong[0]}; the vocabulary has {info.vocabulary}"
                 raise ApiError(400, message, param=name)
+        least = max((_least_tokens(prompt, info.longest_token) for prompt in prompts), default=0)
+        if least >= info.context:
+            raise ApiError(400, f"the prompt has {least} tokens at the least, the context {info.context}")
         return [
             self._job(f"{id}-{i * self.n + choice}", prompt, choice)
             for i, prompt in enumerate(prompts)
@@ -131,6 +135,14 @@ class TextRequest(Strict):
             json_schema=schema,
             fresh=not self.cache_prompt,
         )
+
+
+def _least_tokens(prompt: Prompt, longest: int) -> int:
+    """Return how many tokens a prompt has at the least. longest: bytes of the vocabulary's longest one; 0: unknown."""
+    if not isinstance(prompt, str) and all(isinstance(part, int) for part in prompt):
+        return len(prompt)
+    texts = [prompt] if isinstance(prompt, str) else [str(m["content"]) for m in prompt if isinstance(m, dict)]
+    return sum(len(text.encode(errors="replace")) for text in texts) // longest if longest else 0
 
 
 class CompletionRequest(TextRequest):

@@ -27,6 +27,7 @@ from model.serving.protocol import Overloaded, WorkerError
 log = logging.getLogger(__name__)
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # before a process is started again that died before it was ready
 QUIT_S = 2.0  # until a process that was asked to go is killed
+STUCK_S = 120.0  # without a word where there is work: the process is killed, as a grammar can hold llama.cpp for ever
 USUAL_JOB_S = 5.0  # a job's time, before any was seen
 DIED = "the model's process has died; it is being started again"
 
@@ -71,11 +72,13 @@ class ModelWorker:
         self._delay_s = FIRST_DELAY_S
         self._restart: asyncio.TimerHandle | None = None
         self._job_s = USUAL_JOB_S
+        self._heard = 0.0  # when the process last said something, or got work after a rest
 
     def start(self) -> None:
         """Start the process; `ready` says when it has loaded the model."""
         self._loop = asyncio.get_running_loop()
         self._spawn()
+        self._watch()
 
     async def wait_ready(self) -> None:
         """Wait until the model is loaded. Raises MedusaError where it cannot be."""
@@ -105,6 +108,7 @@ class ModelWorker:
         assert job.id not in self._jobs, f"two jobs are called {job.id}"
         if not self.ready or len(self._jobs) >= self._options.slots + self._max_queue:
             raise Overloaded(max(1.0, self._job_s * (1 + self.queue_length) / self._options.slots))
+        self._note_rest()
         running = self._jobs[job.id] = _Running()
         self._send("submit", job)
         return self._events(job.id, running)
@@ -143,6 +147,7 @@ class ModelWorker:
     async def _ask(self, kind: str, *values: Any) -> Any:
         if not self.ready:
             raise WorkerError("the model is not ready")
+        self._note_rest()
         self._keys += 1
         key, answer = self._keys, self._loop.create_future()
         self._answers[key] = answer
@@ -168,6 +173,19 @@ class ModelWorker:
                 life.to.send(("quit",))
             await asyncio.to_thread(_end, life)
             _shut(life)
+
+    def _note_rest(self) -> None:
+        if not (self._jobs or self._answers):  # it had nothing to say
+            self._heard = self._loop.time()
+
+    def _watch(self) -> None:
+        """Now and then, kill a process that has work and gives no sign of life: its jobs fail, another one starts."""
+        life, silent = self._life, self._loop.time() - self._heard
+        if life is not None and life.ready and (self._jobs or self._answers) and silent > STUCK_S:
+            log.error("the model's process has not said a word for %.0f s: it is killed", silent)
+            life.process.kill()
+        if not self._closing:
+            self._loop.call_later(STUCK_S / 10, self._watch)
 
     def _send(self, *command: Any) -> None:
         if self._life is not None:
@@ -202,6 +220,7 @@ class ModelWorker:
         """Obey what a process says."""
         if life is not self._life:
             return
+        self._heard = self._loop.time()
         if kind == "ready":
             self.info, life.ready, self._delay_s = rest[0], True, FIRST_DELAY_S
         elif kind == "refused":

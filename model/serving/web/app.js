@@ -171,7 +171,8 @@ async function send() {
 
 function verdict([plain, medusa]) {
   const same = plain.written === medusa.written ? "the same text" : "the texts part somewhere";
-  return `Medusa: ${(medusa.rate / plain.rate).toFixed(2)} times as fast as plain here, ${same}.`;
+  const times = (medusa.rate / plain.rate).toFixed(2);
+  return `Medusa: ${times} times as many tokens from the same passes, ${same}.`;
 }
 
 async function greet() {
