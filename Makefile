@@ -1,5 +1,5 @@
 # make demo: train heads for the bundled model and watch them at work.   make test: lint, types, tests.
-# make bench: plain against drafted decoding at the cost of 1 B parameters, half an hour.
+# make bench: plain against drafted decoding at the cost of 1 B parameters, two hours or three.
 # All set up .venv first where that has not been done. PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -14,7 +14,10 @@ demo: setup
 	$(BIN)/python main.py demo
 
 bench: setup
-	$(BIN)/python benchmarks/speed.py
+	$(BIN)/python benchmarks/speed.py --others
+	$(BIN)/python benchmarks/speed.py --what copying --types bf16,q4_0
+	$(BIN)/python benchmarks/speed.py --what worst --types q4_0 --max_tokens 256
+	$(BIN)/python benchmarks/speed.py --what sweep --types q4_0 --n_prompts 4
 
 test: setup
 	$(BIN)/ruff check .

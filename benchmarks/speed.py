@@ -134,35 +134,54 @@ def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, dict
         yield "python", {**fixed_tree(engine, tuning), "both": live_decoder(engine, tuning, ngrams=True)}
 
 
-def others(path: Path, requests: list[Request], threads: int) -> dict[str, float]:
-    """Return tokens/s of llama-cpp-python's own loop, without and with its prompt lookup, on the same prompts."""
-    lookups = {
-        "llama-cpp-python": None,
-        "llama-cpp-python, prompt lookup of 10": LlamaPromptLookupDecoding(num_pred_tokens=10),
-        "llama-cpp-python, prompt lookup of 3": LlamaPromptLookupDecoding(num_pred_tokens=3),
+def others(engine: Engine, requests: list[Request]) -> tuple[float, dict[str, float]]:
+    """Return tokens/s of plain decoding, and of llama-cpp-python with and without its prompt lookup, in turn."""
+    threads = engine.options.n_threads
+    looking = {
+        "llama-cpp-python": 0,
+        "llama-cpp-python, prompt lookup of 10": 10,
+        "llama-cpp-python, prompt lookup of 3": 3,
     }
-    rates = {}
-    for name, lookup in lookups.items():
-        llm = llama_cpp.Llama(
-            str(path), n_ctx=0, n_threads=threads, n_threads_batch=threads, draft_model=lookup, verbose=False
+    llms = {
+        name: llama_cpp.Llama(
+            str(engine.file.path),
+            n_ctx=0,
+            n_threads=threads,
+            n_threads_batch=threads,
+            draft_model=LlamaPromptLookupDecoding(num_pred_tokens=n) if n else None,
+            verbose=False,
         )
-        tokens, seconds = 0, 0.0
-        for request in requests:
-            pieces = llm.generate(request.prompt, temp=request.sampling.temperature, top_k=0, top_p=1.0, min_p=0.0)
-            next(pieces)  # the prompt
-            since = perf_counter()
-            tokens += sum(1 for _ in zip(range(request.max_tokens - 1), pieces, strict=False))
-            seconds += perf_counter() - since
+        for name, n in looking.items()
+    }
+    spent: dict[str, list[float]] = {name: [] for name in ("", *llms)}
+    tokens = dict.fromkeys(spent, 0)
+    with engine.decoder() as plain:
+        for i, request in enumerate(requests):
+            for turn in range(len(spent)):
+                name = list(spent)[(turn + i) % len(spent)]
+                if not name:
+                    generation, seconds = plain.time(request)
+                    written = len(generation.tokens)
+                else:
+                    temp = request.sampling.temperature
+                    pieces = llms[name].generate(request.prompt, temp=temp, top_k=0, top_p=1.0, min_p=0.0)
+                    next(pieces)  # the prompt
+                    since = perf_counter()
+                    written = sum(1 for _ in zip(range(request.max_tokens - 1), pieces, strict=False))
+                    seconds = perf_counter() - since
+                spent[name].append(seconds)
+                tokens[name] += written
+    for llm in llms.values():
         llm.close()
-        rates[name] = tokens / seconds
-    return rates
+    rates = {name: tokens[name] / sum(seconds) for name, seconds in spent.items()}
+    return rates.pop(""), rates
 
 
 def kept_rows(path: Path, about: dict[str, Any], done: set[tuple[str, float]]) -> list[dict[str, Any]]:
     """Return the rows of other types and temperatures that were measured before in the same way."""
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
-        same = all(before[key] == about[key] for key in about if key not in ("command", "model", "quantization"))
+        same = all(before[key] == about[key] for key in about)
         return [r for r in before["rows"] if same and (r["type"], r["temperature"]) not in done]
     except (OSError, ValueError, KeyError):
         return []
@@ -182,7 +201,8 @@ def cells(row: dict[str, Any]) -> str:
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Return the rows as a Markdown table under a line of facts."""
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    lines = [f"{about['machine']}, {about['threads']} threads, {versions}. `{about['command']}`", ""]
+    lines = [f"{about['machine']}, {about['threads']} threads, {versions}.", ""]
+    lines += [f"    {command}" for command in dict.fromkeys(row["command"] for row in rows)] + [""]
     lines += ["| " + " | ".join(title for _, title in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     return "\n".join(lines + [cells(row) for row in rows]) + "\n"
 
@@ -217,17 +237,19 @@ def measure_rows(
                 stack.enter_context(decoder)
             results = compare(engine, requests, *ways.values(), runs=amount.runs)
         for who, result in zip(ways, results, strict=True):
-            rows.append(labelled(result, requests, tunings[who], **labels, temperature=temperature, who=who))
+            labels |= {"temperature": temperature, "texts": texts, "who": who}
+            rows.append(labelled(result, requests, tunings[who], **labels))
             click.echo(cells(rows[-1]))
     return rows
 
 
 def other_rows(engine: Engine, amount: Amount, row: dict[str, Any]) -> list[dict[str, Any]]:
-    """Measure llama-cpp-python's own ways on the prompts of a row, right after it."""
-    rows, plain, temperature = [], row["plain_tokens_per_s"], row["temperature"]
-    requests = requests_for(engine, "python", temperature, amount.n_prompts, amount.max_tokens)
-    labels = {key: "" for key, _ in COLUMNS} | {"type": row["type"], "temperature": temperature}
-    for who, rate in others(engine.file.path, requests, engine.options.n_threads).items():
+    """Measure llama-cpp-python's own ways on the prompts of a row."""
+    rows, temperature = list[dict[str, Any]](), row["temperature"]
+    requests = requests_for(engine, row["texts"], temperature, amount.n_prompts, amount.max_tokens)
+    labels = {key: "" for key, _ in COLUMNS} | {key: row[key] for key in ("type", "temperature", "texts", "command")}
+    plain, rates = others(engine, requests)
+    for who, rate in rates.items():
         figures = {"medusa_tokens_per_s": rate, "speedup": rate / plain, "plain_tokens_per_s": plain}
         rows.append({**labels, "who": who, **figures})
         click.echo(cells(rows[-1]))
@@ -267,10 +289,11 @@ def main(
                 grow_heads(against, GGUFFile(BUNDLED), GGUFFile(model), grown)
             rival = Engine(model, options, grown, HEADS_FOLDER)
         command = " ".join(["python", "benchmarks/speed.py", *sys.argv[1:]])
-        about = {**facts(engine), "command": command, **asdict(amount)}
+        about = {**facts(engine), **asdict(amount)}
+        own = {key: about.pop(key) for key in ("model", "quantization", "command")} | {"command": command}
         for temperature in map(float, temperatures.split(",")):
             label = kind or engine.file.file_type
-            rows += measure_rows(engine, amount, temperature, rival, type=label)
+            rows += measure_rows(engine, amount, temperature, rival, type=label, **own)
             if with_others:
                 rows += other_rows(engine, amount, rows[-1])
             done.add((label, temperature))

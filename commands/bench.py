@@ -61,6 +61,7 @@ def bench(
     if profile:
         click.echo(stages(result))
     for d in result["divergences"]:
-        click.echo(f"prompt {d['prompt']} parts from the plain text at token {d['position']}, by {d['margin']:.4f}")
+        by = "at its end" if d["margin"] is None else f"by {d['margin']:.4f}"
+        click.echo(f"prompt {d['prompt']} parts from the plain text at token {d['position']}, {by}")
     if json_path:
         write_json(json_path, {**facts(engine), **result})

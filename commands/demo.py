@@ -18,7 +18,7 @@ from model.engine import Engine
 from model.errors import MedusaError
 from model.measuring.report import read_prompts, table
 
-DEMO_TOKENS_PER_MINUTE = 100_000  # states once and three epochs, on two cores
+DEMO_TOKENS_PER_MINUTE = 80_000  # states once and three epochs, on two cores
 
 
 @click.command()
@@ -87,14 +87,14 @@ def in_turn(engine: Engine, texts: list[str], max_tokens: int, runs: int = 3) ->
 
 def at_real_cost(settings: Settings, heads: Path, texts: list[str], max_tokens: int, keep: bool) -> None:
     """Compare on a model that writes the same texts at the cost of 1 B parameters; remove it afterwards."""
-    from benchmarks.scale_up import build
+    from benchmarks.scale_up import OUT, build
 
     click.echo(
         f"\n3. The same on {len(texts)} prompts at the cost of 1 B parameters: the bundled model, padded with weights\n"
         "   that change nothing of what it writes (benchmarks/scale_up.py); about two minutes"
     )
     try:
-        scaled = build("1b", "Q4_0", base=settings.model_path, heads=heads)
+        scaled = build("1b", "Q4_0", base=settings.model_path, heads=heads, out=OUT / "demo")
     except MedusaError as error:  # no room for it, say; the demo has shown its own part
         click.echo(f"   left out: {error}")
         return

@@ -231,7 +231,7 @@ def find_heads(folder: Path, file: GGUFFile) -> Path | None:
         if facts.get("heads_fingerprint") != wanted or any(p.startswith(".") for p in heads.relative_to(folder).parts):
             continue
         same = facts.get("base_fingerprint") == file.file_fingerprint()
-        own = heads.relative_to(folder).parts[0] in (file.path.stem, file.path.name.split(".")[0])
+        own = heads.relative_to(folder).parts[:1] in ((file.path.stem,), (file.path.name.split(".")[0],))
         unfinished = heads.name.startswith(("medusa_heads_latest", "medusa_heads_epoch"))
         fits.append((same, own, not unfinished, path.stat().st_mtime, heads))
     return max(fits)[-1] if fits else None

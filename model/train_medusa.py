@@ -90,7 +90,7 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         documents = read_documents(options.dataset_name, options.dataset_split)
         samples = make_samples(
             documents, model, template_of(file.metadata), max_length, options.max_tokens,
-            vocabulary=file.heads_fingerprint(),
+            vocabulary=file.heads_fingerprint(), base=file.name,
         )  # fmt: skip
         learn, check = split_samples(samples, options.val_fraction, options.seed)
         n_tokens = sum(len(sample.tokens) for sample in samples)
@@ -146,10 +146,14 @@ def silently(message: str) -> None:
 
 
 def load_model(file: GGUFFile, settings: Settings, ranks: Ranks) -> LlamaModel:
-    """Return the model. Raises ModelFileError where nothing could be drafted for it."""
+    """Return the model. Raises ModelFileError where nothing could be drafted for it.
+
+    Of several processes each takes a GPU of its own, as far as there are any.
+    """
+    gpus = torch.cuda.device_count() if ranks.count > 1 and settings.n_gpu_layers else 0
     model = LlamaModel(
         file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap, use_mlock=settings.use_mlock,
-        gpu=ranks.local if ranks.count > 1 else None,
+        gpu=ranks.local % gpus if gpus else None,
     )  # fmt: skip
     if model.can_roll_back:
         return model

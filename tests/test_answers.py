@@ -111,8 +111,11 @@ def test_text_that_is_no_unicode_is_written_all_the_same(tmp_path: Path) -> None
     assert write(tmp_path / "a.jsonl") == {"a"}
 
 
-def samples_of(path: Path, vocabulary: str = FACTS["heads_fingerprint"], max_length: int = 64) -> list[Any]:
-    return make_samples(read_documents(str(path)), Bytes(), ChatTemplate(None), max_length, vocabulary=vocabulary)
+def samples_of(
+    path: Path, vocabulary: str = FACTS["heads_fingerprint"], max_length: int = 64, base: str = ""
+) -> list[Any]:
+    documents = read_documents(str(path))
+    return make_samples(documents, Bytes(), ChatTemplate(None), max_length, vocabulary=vocabulary, base=base)
 
 
 def test_training_takes_the_ids_as_they_are(tmp_path: Path) -> None:
@@ -126,6 +129,13 @@ def test_training_takes_the_ids_as_they_are(tmp_path: Path) -> None:
     cut = samples_of(path, max_length=10)
     assert [s.tokens.tolist() for s in cut[:2]] == [[1, *b"2 + 2: fo"], [1, *b"ur.", 2]]
     assert [s.mask.tolist() for s in cut[:2]] == [[False] * 8 + [True] * 2, [False] + [True] * 4]
+
+
+def test_answers_of_another_model_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write(tmp_path / "a.jsonl", answer("a"), answer("b"))
+    for base, told in (("one", ""), ("two", "answers of one: heads for two learn best from its own\n")):
+        assert len(samples_of(tmp_path / "a.jsonl", base=base)) == 2
+        assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize("vocabulary", ["", "fedcba98765432100"])

@@ -243,7 +243,7 @@ def test_an_endpoint_answers(foreign_gguf: Path, tmp_path: Path, monkeypatch: py
         (["--base_model_path", "absent.gguf"], "absent.gguf"),
         (["--prompts", "absent.jsonl"], "absent.jsonl"),
         (["--prompts", "useless.jsonl"], "not one prompt in it: useless.jsonl:1: no prompt in it"),
-        (["--prompts", "bad.jsonl"], "line 1: not JSON"),
+        (["--prompts", "bad.jsonl"], "bad.jsonl:1: not JSON"),
         (["--temperature", "warm"], "numbers with commas"),
         (["--temperature", "0,-1"], "temperature -1.0"),
         (["--top_p", "2"], "top_p 2.0"),

@@ -16,6 +16,7 @@ from conftest import FOREIGN, Foreign, random_llama
 
 from model.base import remember
 from model.base.gguf_file import GGUFFile, requantize
+from model.base.load_check import check_loads
 from model.errors import ModelFileError, OutputError, UsageError
 
 
@@ -153,6 +154,15 @@ def test_split_files_are_named_by_the_first_and_complete(split: list[Path], tmp_
         (tmp_path / path.name).write_bytes(path.read_bytes())
     with pytest.raises(ModelFileError, match=r"foreign-00003-of-00003\.gguf: this part"):
         GGUFFile(tmp_path / split[0].name)
+
+
+def test_split_files_behind_links_load(split: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Hugging Face's cache keeps them: llama.cpp finds the other parts by the name of the link."""
+    monkeypatch.setattr(remember, "folder", lambda: tmp_path / "cache")
+    for i, path in enumerate(split):
+        (tmp_path / f"blob{i}").write_bytes(path.read_bytes())
+        (tmp_path / path.name).symlink_to(tmp_path / f"blob{i}")
+    assert check_loads(tmp_path / split[0].name).n_vocab == 1024
 
 
 def test_requantize(foreign: Foreign, tmp_path: Path) -> None:

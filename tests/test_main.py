@@ -150,6 +150,7 @@ def test_verify_exits_with_0_when_all_holds_and_1_otherwise(tmp_path: Path, monk
         ({}, ["generate", "x", "--temperature", "-1"], "temperature -1.0"),
         ({"MODEL_CONTEXT_SIZE": "16"}, ["generate", "x = 1\n" * 30, "--tree", "1"], "the context 16"),
         ({}, ["bench", "--prompts", "nowhere.txt"], "nowhere.txt"),
+        ({"MODEL_PATH": "FOREIGN"}, ["generate", "x", "--tree", "4"], "has no heads, and only they draft trees"),
         (
             {},
             ["bench", "--tree", "1", "--runs", "1", "--max_tokens", "1", "--json", "/nowhere/x.json"],
@@ -157,8 +158,8 @@ def test_verify_exits_with_0_when_all_holds_and_1_otherwise(tmp_path: Path, monk
         ),
     ],
 )
-def test_bad_input_is_one_clear_line(env: dict[str, str], words: list[str], said: str) -> None:
-    done = call(*words, **env)
+def test_bad_input_is_one_clear_line(env: dict[str, str], words: list[str], said: str, foreign_gguf: Path) -> None:
+    done = call(*words, **{name: str(foreign_gguf) if value == "FOREIGN" else value for name, value in env.items()})
     assert done.exit_code == 2 and said in done.stderr, done.output
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -124,5 +125,8 @@ def test_heads_are_found_by_what_they_were_made_for(engine: Engine, foreign_gguf
     named = Engine(foreign_gguf, engine.options, find_heads(HEADS_FOLDER, engine.file), HEADS_FOLDER)
     with pytest.raises(HeadsError, match="don't fit"):
         named.decoder(Tree.chain(1))
+    assert engine.weights is not None
+    shutil.copytree(engine.weights, tmp_path / "heads")  # into the folder itself, not below it
+    assert find_heads(tmp_path / "heads", engine.file) == tmp_path / "heads"
     few = replace(engine.options, k_heads=1)
     assert Engine(engine.file.path, few, None, HEADS_FOLDER).n_heads == 1

@@ -26,8 +26,8 @@ from model.base.llama import LlamaBase, LlamaModel
 from model.decoding.sampling import Sampler, SamplingParams
 from model.engine import Engine, EngineOptions
 from model.errors import HeadsError, ModelFileError, UsageError
-from model.heads.drafter import MedusaDrafter
 from model.heads.files import base_facts, load_heads, new_heads, save_heads
+from model.heads.hydra_drafter import drafter_for
 from model.heads.medusa import HeadsConfig
 from model.measuring.report import read_prompts
 from model.training.documents import standard_library
@@ -193,7 +193,9 @@ def test_texts_become_the_same_tokens(grown: Grown) -> None:
 
 def ranked(path: Path, file: GGUFFile, states: Float32Array, dtype: Any = "f32") -> npt.NDArray[np.int32]:
     heads = load_heads(path, file)[0]
-    return MedusaDrafter(heads, n_heads=heads.config.k_heads, ranks=10, dtype=dtype).rank(states)[0]
+    drafter = drafter_for(heads, n_heads=heads.config.k_heads, ranks=10, dtype=dtype)
+    behind = np.random.default_rng(0).integers(0, VOCAB, (len(states), heads.config.k_heads)).astype(np.int32)
+    return drafter.rank(states, behind)[0]
 
 
 def test_grown_heads_guess_the_same(grown: Grown) -> None:

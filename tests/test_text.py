@@ -12,7 +12,8 @@ import pytest
 from model.base.chat import ChatTemplate
 from model.base.llama import LlamaModel
 from model.errors import DataError
-from model.training.documents import ROLES, Document, held_out, read_documents, standard_library
+from model.training.documents import ROLES, Document, held_out, read_documents, read_records, standard_library
+from model.training.prompts import read_prompts
 from model.training.text import Sample, digest, make_samples, split_samples, token_counts
 
 CHAT = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": "It is four."},
@@ -88,7 +89,8 @@ def test_formats(tmp_path: Path, form: str) -> None:
     ("name", "content", "says"),
     [
         ("x.csv", "a,b", "unknown format '.csv'"),
-        ("x.jsonl", "{not json", "line 1: not JSON"),
+        ("x.jsonl", "{not json", "x.jsonl:1: not JSON"),
+        ("x.json", "{not json", "x.json: not JSON"),
         ("x.jsonl", '{"foo": 1}', "found: foo"),
         ("x.json", '[{"conversations": [{"from": "tool", "value": "x"}]}]', "role 'tool'"),
         ("x.parquet", "no parquet", "not a readable Parquet file"),
@@ -103,6 +105,16 @@ def test_bad_data_sets_are_named_in_one_line(tmp_path: Path, name: str | None, c
         make_samples(read_documents(str(path)), Bytes(), ChatTemplate(None), 64)
     assert str(path.name) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_one_torn_line_costs_one_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = ['{"text": "the first text"}', '{"text": "torn of', "[" * 100_000, '{"text": "the last text"}']
+    (tmp_path / "x.jsonl").write_text("\n".join(lines))
+    assert len(make_samples(read_documents(str(tmp_path / "x.jsonl")), Bytes(), ChatTemplate(None), 64)) == 2
+    told = capsys.readouterr().err
+    assert "records skipped: 2; the first, x.jsonl:2: not JSON" in told
+    _, problems = read_prompts(read_records(str(tmp_path / "x.jsonl")), chat=False, lengths=(4, 64))
+    assert [p.split(":")[1] for p in problems] == ["2", "3"], "distilling goes on too"
 
 
 STRICT = (  # as Llama's and Mistral's: turns must alternate, the user's first

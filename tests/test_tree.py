@@ -61,7 +61,8 @@ def test_bad_descriptions_are_refused(text: str) -> None:
         Tree.parse(text)
 
 
-def test_a_damaged_tree_file_is_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "t.json").write_text('[[0], ["x"]]')
+@pytest.mark.parametrize("text", ['[[0], ["x"]]', "[[0.9]]", "[[true]]", "[" * 100_000, "3", "[[0]"])
+def test_a_damaged_tree_file_is_refused_by_name(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.json").write_text(text)
     with pytest.raises(UsageError, match=r"t\.json"):
         Tree.parse(str(tmp_path / "t.json"))

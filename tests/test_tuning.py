@@ -11,17 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from config import HEADS_FOLDER
 from model.base import remember
 from model.decoding.generation import Request
+from model.decoding.live import LivePlan
 from model.engine import Engine, EngineOptions
 from model.heads.files import base_facts, new_heads, save_heads
 from model.heads.hydra import HydraHeads
 from model.measuring import tuning
-from model.measuring.guess_rates import RANKS, guess_rates
-from model.measuring.tuning import KIND, Tuning, live_decoder, measure, tuned
+from model.measuring.guess_rates import PRIOR, RANKS, guess_rates
+from model.measuring.tuning import KIND, Tuning, live_decoder, live_plan, measure, tuned
 from model.trees.costs import CostCurve
 from model.trees.tree import Tree
 
@@ -34,18 +34,16 @@ def engine(bundled_gguf: Path) -> Iterator[Engine]:
 
 
 @pytest.fixture(scope="module")
-def hydra(bundled_gguf: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
-    """The bundled heads, made to look at drafted tokens too, in ways that nobody taught them."""
-    torch.manual_seed(0)
-    heads = new_heads(replace(engine.heads.config, head_type="hydra"), engine.file)
+def medusa(bundled_gguf: Path, engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """The bundled heads without what they learnt of drafted tokens: Medusa's kind, which sees the state alone."""
+    heads = new_heads(replace(engine.heads.config, head_type="medusa"), engine.file)
+    assert isinstance(engine.heads, HydraHeads) and not isinstance(heads, HydraHeads)
     heads.load_state_dict(engine.heads.state_dict(), strict=False)
-    assert isinstance(heads, HydraHeads)
-    torch.nn.init.normal_(heads.embed, std=0.02)
-    folder = tmp_path_factory.mktemp("hydra") / "heads"
+    folder = tmp_path_factory.mktemp("medusa") / "heads"
     save_heads(folder, heads, {key: engine.heads_facts[key] for key in (*base_facts(engine.file), "rank_accuracies")})
-    hydra = Engine(bundled_gguf, engine.options, folder, HEADS_FOLDER)
-    yield hydra
-    hydra.model.close()
+    medusa = Engine(bundled_gguf, engine.options, folder, HEADS_FOLDER)
+    yield medusa
+    medusa.model.close()
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +68,7 @@ def test_everything_is_measured(engine: Engine) -> None:
     assert [len(c.tree) for c in best] == list(found.curve.sizes) and best[0].speedup == 1.0
 
 
-@pytest.mark.parametrize("kind", ["engine", "hydra"])
+@pytest.mark.parametrize("kind", ["engine", "medusa"])
 def test_rates_are_those_of_a_text_written_step_by_step(kind: str, request: pytest.FixtureRequest) -> None:
     """A chain drafted along the way must be accepted as often as the counted rates say."""
     engine: Engine = request.getfixturevalue(kind)
@@ -78,7 +76,7 @@ def test_rates_are_those_of_a_text_written_step_by_step(kind: str, request: pyte
     drafter = engine.drafter(Tree.chain(engine.n_heads), ranks=RANKS)
     rates, n = guess_rates(engine, drafter, [wanted], 40)
     prior = np.array(engine.heads_facts["rank_accuracies"])[: engine.n_heads, :RANKS]
-    hits = rates[0] * (n + tuning.PRIOR) - tuning.PRIOR * prior[0]
+    hits = rates[0] * (n + PRIOR) - PRIOR * prior[0]
     assert hits == pytest.approx(hits.round(), abs=1e-3), "hits are whole numbers"
     with engine.decoder() as plain:
         text = plain.start(wanted)
@@ -112,8 +110,10 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
     assert len(calls) == 2, "the same heads, written once more"
     config = tmp_path / "heads" / "config.json"
     config.write_text(config.read_text().replace('"steps": ', '"steps": 1'))
-    tuned(copied, requests(engine), heads=True)
     copied.model.close()
+    changed = Engine(engine.file.path, engine.options, tmp_path / "heads", HEADS_FOLDER)
+    tuned(changed, requests(engine), heads=True)
+    changed.model.close()
     assert len(calls) == 3, "others"
     file = tmp_path / f"{KIND}.json"
     content = json.loads(file.read_text())
@@ -132,14 +132,21 @@ def test_a_prediction_charges_each_step_its_nodes_and_the_depth_that_the_heads_d
     assert known.expected_speedup({1: 10, 2: 4, 4: 6}, 40, {1: 4, 2: 6}, 64) == pytest.approx(40 / seconds)
 
 
-def test_hydra_heads_are_measured_and_draft_trees(hydra: Engine) -> None:
-    found = measure(hydra, requests(hydra), heads=True, budget_s=0.3)
-    assert len(found.draft_s) == hydra.n_heads and np.array(found.accuracies).shape == (hydra.n_heads, RANKS)
-    with hydra.decoder() as plain, hydra.decoder(Tree.product([2, 2, 2])) as drafted:
-        for request in requests(hydra):
-            ours, theirs = drafted.start(request), plain.start(request)
+@pytest.mark.parametrize("kind", ["engine", "medusa"])
+def test_both_kinds_of_heads_are_measured_and_draft_trees(kind: str, request: pytest.FixtureRequest) -> None:
+    heads: Engine = request.getfixturevalue(kind)
+    found = measure(heads, requests(heads), heads=True, budget_s=0.3)
+    assert len(found.draft_s) == heads.n_heads and np.array(found.accuracies).shape == (heads.n_heads, RANKS)
+    cheap = replace(found, curve=CostCurve((64,), (1, 2, 4), ((1.0, 1.01, 1.02),)), accuracies=[[0.6], [0.5]] * 2)
+    plan, _ = live_plan(heads, replace(cheap, draft_s=[0.01, 0.02, 0.03, 0.04]), ngrams=False)
+    with heads.decoder() as plain, heads.decoder(Tree.product([2, 2, 2])) as drafted:
+        for asked in requests(heads):
+            ours, theirs = drafted.start(asked), plain.start(asked)
             assert ours.run() == theirs.run()
             assert ours.slot.stats.acceptance_length > 1.0
+    assert isinstance(plan, LivePlan)
+    charged = plan.draft_s[1:].tolist()  # by the size of the tree; Medusa's heads all draft at once
+    assert len(charged) > 2 and (len(set(charged)) == 1) == (kind == "medusa"), charged
 
 
 @pytest.mark.parametrize("ngrams", [True, False])

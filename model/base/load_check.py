@@ -38,7 +38,7 @@ def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
         return file
     _require_byte_pieces(file)
     try:
-        child = run_module("model.base.load_check", str(file.path.resolve()), timeout=timeout)
+        child = run_module("model.base.load_check", os.path.abspath(file.path), timeout=timeout)
     except subprocess.TimeoutExpired:
         raise ModelFileError(f"{path}: llama.cpp did not load this file within {timeout:.0f} s") from None
     log.debug("loading %s in a child process:\n%s", path, child.stderr)

@@ -105,7 +105,8 @@ class MedusaDrafter(HeadsDrafter):
 
     def _fastest(self, heads: MedusaHeads) -> str:
         row, ids = torch.randn(1, heads.config.dim), np.arange(min(heads.config.vocab, PROBE_VOCAB), dtype=np.int32)
-        return fastest(lambda dtype: partial(_compile(heads, self._n_heads, ids, dtype), row))
+        what = f"{heads.config} {self._n_heads}"
+        return fastest(what, lambda dtype: partial(_compile(heads, self._n_heads, ids, dtype), row))
 
     def _prepare(self, heads: MedusaHeads) -> None:
         self._logits = _compile(heads, self._n_heads, self.ids, self.dtype)

@@ -194,7 +194,19 @@ def _heads_config(path: Path, facts: dict[str, Any]) -> HeadsConfig:
     for name in ("heads_fingerprint", "base_fingerprint", "base_name", "base_file_type"):
         if not isinstance(facts.get(name), str):
             raise HeadsError(f"{path}: {name} is {facts.get(name)!r}, not a text")
+    if not _are_rates(facts.get("rank_accuracies", []), facts["k_heads"]):
+        raise HeadsError(f"{path}: rank_accuracies are not a row of numbers from 0 to 1 for each head, all as long")
     return HeadsConfig(**{name: facts[name] for name in sizes}, lm_head=facts["lm_head"], head_type=head_type)
+
+
+def _are_rates(rows: Any, k: int) -> bool:
+    """Say whether these are (k, R) numbers from 0 to 1; none at all are right too."""
+    if rows == []:
+        return True
+    if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+        return False
+    right = all(isinstance(rate, int | float) and 0 <= rate <= 1 for row in rows for rate in row)  # NaN is neither
+    return right and len(rows) == k and len({len(row) for row in rows}) == 1
 
 
 def _check_fit(path: Path, config: HeadsConfig, facts: dict[str, Any], base: Base) -> None:
@@ -206,7 +218,7 @@ def _check_fit(path: Path, config: HeadsConfig, facts: dict[str, Any], base: Bas
     if facts["heads_fingerprint"] != base.heads_fingerprint():
         raise HeadsError(f"{made_for} don't fit {base.name}: their tokenizers differ")
     if facts["base_fingerprint"] != base.file_fingerprint():
-        log.warning("%s in %s, used with %s", made_for, facts["base_file_type"], base.file_type)
+        log.warning("%s in %s, used with %s in %s", made_for, facts["base_file_type"], base.name, base.file_type)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

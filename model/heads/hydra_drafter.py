@@ -6,7 +6,7 @@ out once and kept. Knows nothing of acceptance and llama.cpp.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 from typing import Any, NamedTuple, cast
@@ -61,7 +61,11 @@ class HydraDrafter(HeadsDrafter):
         assert isinstance(heads, HydraHeads)
         ids, last = np.arange(min(heads.config.vocab, PROBE_VOCAB), dtype=np.int32), self._n_heads - 1
         example = torch.randn(1, heads.config.dim), torch.zeros((1, last + 1), dtype=torch.int64)
-        return fastest(lambda dtype: partial(_compile(heads, last, _lm_head(heads, last, ids, dtype), dtype), *example))
+
+        def build(dtype: str) -> Callable[[], object]:
+            return partial(_compile(heads, last, _lm_head(heads, last, ids, dtype), dtype), *example)
+
+        return fastest(f"{heads.config} {self._n_heads}", build)
 
     def _prepare(self, heads: MedusaHeads) -> None:
         assert isinstance(heads, HydraHeads)

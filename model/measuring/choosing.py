@@ -11,7 +11,7 @@ from model.decoding.generation import Request
 from model.decoding.planning import ROOT_ONLY, Draft, FixedPlan, Plan
 from model.decoding.sampling import SamplingParams
 from model.engine import Engine
-from model.errors import ModelFileError
+from model.errors import ModelFileError, UsageError
 from model.measuring.tuning import BRANCH, live_plan, tuned
 from model.trees.tree import MAX_LEAVES, Tree
 
@@ -64,7 +64,9 @@ def choose(
     able, nodes = engine.model.can_roll_back, engine.options.max_nodes
     heads, ngrams = wish.draft in ("medusa", "both"), wish.draft in ("ngram", "both")
     if wish.draft == "auto":
-        heads, ngrams = able and engine.weights is not None, able and not wish.tree
+        heads, ngrams = engine.weights is not None, able and not wish.tree
+        if wish.tree and not heads:
+            raise UsageError(f"tree {wish.tree}: {engine.file.path} has no heads, and only they draft trees")
     if ngrams and not able:
         raise ModelFileError(f"{engine.file.path}: this kind of model cannot roll back a draft; use draft none")
     heads = heads and engine.n_heads > 0  # raises where heads are missing or don't fit

@@ -27,7 +27,8 @@ def guess_rates(engine: Engine, drafter: Ranker, requests: Sequence[Request], to
     Returns ((K, R) rates, the positions counted); the rates of the training count for PRIOR positions.
     """
     each = max(engine.n_heads + 4, math.ceil(tokens / len(requests)))
-    prior = np.array(engine.heads_facts["rank_accuracies"], np.float64)[: engine.n_heads, :RANKS]
+    told = engine.heads_facts.get("rank_accuracies") or [[]] * engine.n_heads
+    prior = np.array(told, np.float64)[: engine.n_heads, :RANKS]
     hits, tries = np.zeros((engine.n_heads, RANKS)), np.zeros(engine.n_heads)
     with engine.decoder() as plain, engine.base(FixedPlan(Tree.chain(1))) as base:
         for request in requests:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import sys
@@ -27,7 +28,7 @@ def read_prompts(path: Path) -> list[str]:
         try:
             rows = [json.loads(line) for line in lines]
             prompts = [str(row["prompt"] if "prompt" in row else row["turns"][0]) for row in rows]
-        except (ValueError, KeyError, TypeError, IndexError) as error:
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise DataError(f'{path}: every line must be an object with "prompt" or "turns" ({error!r})') from None
     if not prompts:
         raise DataError(f"{path}: holds no prompts")
@@ -43,7 +44,16 @@ def check_writable(path: Path | None) -> None:
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Write a result whole, or say in one line why not."""
     with whole_file(path) as draft:
-        draft.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        draft.write_text(json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def facts(engine: Engine) -> dict[str, Any]:

@@ -22,11 +22,14 @@ from model.engine import Decoder, Engine
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where a text parts from the plain one: prompt and position count from 0, the margin is in logits."""
+    """Where a text parts from the plain one: prompt and position count from 0.
+
+    margin: in logits; None where one text is the other's beginning.
+    """
 
     prompt: int
     position: int
-    margin: float
+    margin: float | None
 
 
 def compare(engine: Engine, requests: Sequence[Request], *ways: Decoder, runs: int = 3) -> list[dict[str, Any]]:
@@ -119,7 +122,7 @@ def find_divergences(
             continue
         at = next((k for k, (x, y) in enumerate(zip(a.tokens, b.tokens, strict=False)) if x != y), -1)
         if at < 0:  # one is the other's beginning
-            found.append(Divergence(i, min(len(a.tokens), len(b.tokens)), float("nan")))
+            found.append(Divergence(i, min(len(a.tokens), len(b.tokens)), None))
             continue
         again = plain.start(replace(requests[i], max_tokens=at + 1), keep_logits=True)
         again.run()

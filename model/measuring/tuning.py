@@ -6,6 +6,7 @@ Kept facts belong to one file, its heads, this machine and these versions; anyth
 from __future__ import annotations
 
 import hashlib
+import json
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -105,9 +106,9 @@ def tuned(
 def _key(engine: Engine, sampling: bool, heads: bool, draft_vocab: int | None) -> str:
     n_heads = engine.n_heads if heads else 0  # raises where heads are missing
     weights = ""
-    if n_heads and engine.weights:  # what was learnt and how well it guesses, whenever it was written
-        folder = engine.weights if engine.weights.is_dir() else engine.weights.parent
-        weights = hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
+    if n_heads:  # what was learnt and how well it guesses, whenever it was written
+        facts = {name: fact for name, fact in engine.heads_facts.items() if name != "token_counts"}
+        weights = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
     parts = (
         engine.file.file_fingerprint(), weights, n_heads, draft_vocab, engine.options, sampling,
         version("llama-cpp-python"), version("torch"), platform.node(), platform.processor(),

@@ -124,7 +124,7 @@ def _file(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
-    """Yield the numbered records of JSON lines, or of one JSON array."""
+    """Yield the numbered records of JSON lines, or of one JSON array; a line that is no JSON as a DataError."""
     whole = path.suffix == ".json"
     lines = [text] if whole else text.split("\n")
     for number, line in enumerate(lines, 1):
@@ -132,8 +132,10 @@ def _records(path: Path, text: str) -> Iterator[tuple[int, Any]]:
             continue
         try:
             value = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"data set {path}, line {number}: not JSON ({error})") from error
+        except (ValueError, RecursionError) as error:
+            if whole:
+                raise DataError(f"data set {path}: not JSON ({error})") from error
+            value = DataError(f"not JSON ({error})")  # one torn line is no reason to lose the others
         yield from enumerate(value, 1) if whole and isinstance(value, list) else [(number, value)]
 
 
@@ -165,6 +167,8 @@ def _hugging_face(name: str, split: str) -> Iterator[tuple[str, Any]]:
 
 def document_of(name: str, record: Any) -> Document:
     """Make a document of one record: a text, a conversation, a prompt with its answer, or recorded ids."""
+    if isinstance(record, DataError):
+        return Document(name, problem=str(record))
     if isinstance(record, str):
         return Document(name, record)
     fields: dict[str, Any] = record if isinstance(record, dict) else {}

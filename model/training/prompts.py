@@ -80,6 +80,8 @@ def _add(prompts: dict[str, Prompt], name: str, **content: Any) -> None:
 
 def _asked(record: Any) -> str | tuple[Message, ...]:
     """Return the turns of a record but the assistant's, or its text. Raises DataError where it holds neither."""
+    if isinstance(record, DataError):
+        raise record
     fields: dict[str, Any] = record if isinstance(record, dict) else {"text": record}
     if isinstance(fields.get("turns"), list):
         return _asking(tuple(messages_of([{"role": "user", "content": turn} for turn in fields["turns"]])))

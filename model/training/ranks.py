@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.errors import UsageError
+from model.errors import DataError, UsageError
 
 PATIENCE = timedelta(days=7)  # the others may extract for days; one that dies closes its connections, which is noticed
 
@@ -88,12 +88,18 @@ def ranks_asked_for() -> Ranks:
 
 @contextlib.contextmanager
 def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
-    """Connect all processes while the block runs."""
+    """Connect all processes while the block runs. Raises DataError where another one is gone."""
     if ranks.count == 1:
         yield
         return
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
     try:
         yield
+    except RuntimeError as error:  # gloo's and nccl's
+        line = " ".join(str(error).split())[:200]
+        raise DataError(
+            f"another process of this run is gone, and says why ({line}); what is finished is kept: the same command "
+            "goes on"
+        ) from error
     finally:
         dist.destroy_process_group()

@@ -55,16 +55,19 @@ def make_samples(
     max_tokens: int = 0,
     *,
     vocabulary: str = "",
+    base: str = "",
 ) -> list[Sample]:
     """Tokenize documents and cut them into windows of at most max_length tokens.
 
     Each window begins with the model's begin mark where it has one; of a conversation only the
     assistant's tokens are targets. Recorded ids are taken as they are. max_tokens: stop there (0: take all).
-    vocabulary: the model's `heads_fingerprint`. Records that cannot be used, or that the template refuses, are skipped
-    and counted in one line. Raises DataError when nothing is left, and for ids of another vocabulary.
+    vocabulary: the model's `heads_fingerprint`; base: its name: answers of another one are taken, and told of.
+    Records that cannot be used, or that the template refuses, are skipped and counted in one line. Raises DataError
+    when nothing is left, and for ids of another vocabulary.
     """
     samples: list[Sample] = []
     skipped: list[str] = []  # where and why
+    authors: set[str] = set()  # of recorded answers, where they are not this model's
     encoder = PartEncoder(tokenizer)
     bos = encoder.bos
     budget = max_tokens
@@ -75,6 +78,8 @@ def make_samples(
                 f"{document.recorded.vocabulary[:12]}), which mean something else to this model (vocabulary "
                 f"{vocabulary[:12] or 'unknown'}); distil anew with this model, or give it text"
             )
+        if document.recorded and base and document.recorded.base != base:
+            authors.add(document.recorded.base)
         try:
             tokens, mask = _encode(document, encoder, template)
         except DataError as error:
@@ -101,6 +106,8 @@ def make_samples(
         raise DataError(f"the data set is empty: not one text of three tokens or more that could be learnt{why}")
     if told:
         click.echo(told, err=True)
+    if authors:
+        click.echo(f"answers of {', '.join(sorted(authors))}: heads for {base} learn best from its own", err=True)
     return samples
 
 

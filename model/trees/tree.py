@@ -170,8 +170,10 @@ class Tree:
             raise UsageError(f"tree {text!r}: neither a length (4), widths (2,2,1) nor a JSON file of rank paths")
         try:
             listed = json.loads(path.read_text(encoding="utf-8"))
-            return cls(tuple(int(r) for r in p) for p in listed)
-        except (ValueError, TypeError) as error:
+            if not all(type(r) is int for p in listed for r in p):
+                raise TypeError("ranks are whole numbers")
+            return cls(tuple(p) for p in listed)
+        except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(
                 f"tree file {text}: not a list of rank paths such as [[0], [0, 0], [1]] ({error})"
             ) from None
