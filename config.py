@@ -94,6 +94,12 @@ class Settings(BaseSettings):
         "reach it by DNS rebinding)",
     )
     n_parallel: int = Field(default=4, ge=1, le=64, description="Texts that the server writes at the same time")
+    cache_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens that the server's cache holds for all texts; 0: a whole context for each, as far as 1 GiB "
+        "goes. A text waits until there is room for all that it may come to",
+    )
     max_queue: int = Field(default=64, ge=0, le=10000, description="Texts that may wait; more are refused (429)")
     max_body_bytes: int = Field(default=4194304, ge=1024, description="Largest request body")
     request_timeout: int = Field(default=600, ge=1, description="Seconds that a request may take, waiting included")

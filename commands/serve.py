@@ -98,6 +98,7 @@ def start_worker(settings: Settings) -> Worker:
         settings.medusa_weights_path,
         HEADS_FOLDER,
         slots=settings.n_parallel,
+        cells=settings.cache_tokens,
         trial_prompts=tuple(read_prompts(PROMPTS / "trial.jsonl")),
         log_level=settings.log_level,
     )
@@ -127,7 +128,8 @@ def banner(worker: Worker, address: str, *, key: bool) -> str:
     info = worker.info
     secret = '-H "Authorization: Bearer $API_KEY" ' if key else ""
     return (
-        f"{info.name} ({info.file_type}), {info.context:,} tokens of context, {info.slots} texts at once\n"
+        f"{info.name} ({info.file_type}), {info.context:,} tokens of context, {info.slots} texts at once, "
+        f"{info.cells:,} tokens in all\n"
         f"drafts: {info.draft}\n"
         f"page and API: {address}\n"
         f"  curl {address}/v1/completions {secret}-H 'Content-Type: application/json' "

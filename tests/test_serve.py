@@ -146,7 +146,7 @@ def test_main_without_a_command_serves_until_it_is_told_to_end() -> None:
     command = [sys.executable, "-c", script]
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout and server.stderr
-        assert server.stdout.readline() == "fake (F32), 512 tokens of context, 3 texts at once\n"
+        assert server.stdout.readline() == "fake (F32), 512 tokens of context, 3 texts at once, 1,536 tokens in all\n"
         assert server.stdout.readline() == "drafts: three heads\n"
         address = server.stdout.readline().split()[-1]
         assert server.stdout.readline().startswith(f"  curl {address}/v1/completions -H ")
@@ -246,6 +246,14 @@ def test_the_bundled_model_is_served_and_ends_without_a_trace(bundled_gguf: Path
             streamed = client.completions.create(**ask_for, stream=True)
             assert "".join(chunk.choices[0].text for chunk in streamed) == whole.choices[0].text != ""
             assert whole.usage and whole.usage.completion_tokens == 24
+            schema = {"type": "object", "properties": {"a": {"type": "boolean"}, "b": {"enum": [1, 2]}}}
+            form: Any = {
+                "type": "json_schema",
+                "json_schema": {"name": "x", "schema": {**schema, "required": ["a", "b"]}},
+            }
+            chat = client.chat.completions.create(**ask(temperature=0, max_tokens=60, response_format=form))
+            answer = json.loads(chat.choices[0].message.content or "")
+            assert type(answer["a"]) is bool and answer["b"] in (1, 2)
         server.send_signal(signal.SIGINT)
         assert server.wait(20) in (0, -signal.SIGINT, 130)
 

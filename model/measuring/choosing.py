@@ -81,7 +81,7 @@ def choose(
         tuning = tuned(engine, trial, heads=heads, draft_vocab=wish.draft_vocab, told=told)
         if not wish.fixed:
             live, drafter = live_plan(engine, tuning, ngrams=ngrams, draft_vocab=wish.draft_vocab, lanes=lanes)
-            return Drafting(live, drafter, ngrams, f"{words}, as far as it pays")
+            return Drafting(live, drafter, ngrams, f"{words}, up to {live.max_nodes} nodes a step where it pays")
         tree = tuning.best(tuning.curve.contexts[0], nodes).tree
     drafter = engine.drafter(tree, wish.draft_vocab) if len(tree) > 1 else None
     plan = FixedPlan(tree, min(BRANCH, nodes - len(tree)) if ngrams else 0)

@@ -16,6 +16,7 @@ import numpy as np
 
 from model.decoding.generation import Generation, Request
 from model.decoding.loops import count_repeats
+from model.decoding.sampling import Sampler
 from model.decoding.slot import STAGES, Stats
 from model.engine import Decoder, Engine
 
@@ -124,10 +125,14 @@ def find_divergences(
         if at < 0:  # one is the other's beginning
             found.append(Divergence(i, min(len(a.tokens), len(b.tokens)), None))
             continue
-        again = plain.start(replace(requests[i], max_tokens=at + 1), keep_logits=True)
+        shared = a.tokens[:at]  # read at once: written anew, they take the time of a whole text
+        again = plain.start(replace(requests[i], prompt=requests[i].prompt + shared, max_tokens=1), keep_logits=True)
         again.run()
         assert again.slot.trace is not None
-        found.append(Divergence(i, at, again.slot.sampler.margin(again.slot.trace[-1], b.tokens[at], at)))
+        sampler = Sampler(requests[i].sampling, requests[i].prompt)
+        for token in shared:
+            sampler.take(token)
+        found.append(Divergence(i, at, sampler.margin(again.slot.trace[-1], b.tokens[at], at)))
     return found
 
 
