@@ -76,8 +76,8 @@ def launch(arguments: list[str], cwd: Path) -> subprocess.Popen[str]:
     "more",
     [
         (),
-        ("--cache", "off", "--loss", "kd", "--head_type", "hydra"),
-        ("--cache_dtype", "fp8", "--lm_head", "own"),
+        ("--cache", "off", "--loss", "ce", "--head_type", "medusa"),
+        ("--cache_dtype", "fp8", "--lm_head", "own", "--head_type", "medusa"),
         ("--loss", "kd", "--kd_temperature", "2", "--kd_weight", "0.5", "--lm_head", "own", "--report_to", "none"),
     ],
 )
@@ -87,7 +87,7 @@ def test_from_gguf_to_heads(foreign_gguf: Path, text: Path, tmp_path: Path, more
     file = GGUFFile(foreign_gguf)
     heads, config = load_heads(tmp_path / "out" / "medusa_heads_best", file)
     assert heads.config.k_heads == 2
-    assert heads.config.head_type == ("hydra" if "hydra" in more else "medusa")
+    assert heads.config.head_type == ("medusa" if "medusa" in more else "hydra")
     assert config["token_counts"].sum() > 1000
     assert all(bool((parameter != 0).any()) for parameter in heads.parameters())
     lines = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
@@ -223,12 +223,12 @@ def test_a_resumed_run_brings_its_options(foreign_gguf: Path, tmp_path: Path, mo
 
 def test_options_and_defaults_are_as_documented() -> None:
     documented = {
-        "base_model_path": "", "head_type": "medusa", "k_heads": 5, "head_layers": 1, "hidden_dim": 0,
+        "base_model_path": "", "head_type": "hydra", "k_heads": 5, "head_layers": 1, "hidden_dim": 0,
         "lm_head": "tied", "dataset_name": "", "dataset_split": "train", "max_length": 0, "batch_size": 8,
         "learning_rate": 1e-3, "epochs": 3,
         "weight_decay": 0.0, "max_grad_norm": 1.0, "gradient_accumulation_steps": 1, "output_dir": "",
         "resume_from": "", "val_fraction": 0.05, "seed": 0, "device": "auto", "cache": "on", "cache_dir": "",
-        "cache_dtype": "fp16", "loss": "ce", "kd_temperature": 1.0, "kd_weight": 1.0, "patience": 0,
+        "cache_dtype": "fp16", "loss": "kd", "kd_temperature": 1.0, "kd_weight": 1.0, "patience": 0,
         "report_to": "tensorboard",
     }  # fmt: skip
     defaults = {item.name: item.default for item in fields(TrainOptions)}

@@ -30,7 +30,10 @@ from model.training.trainer import Trainer, learning_rate
 from model.training.tuned_tree import NODES
 
 DIM, VOCAB = 16, 30
-OPTIONS = TrainOptions(k_heads=2, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=2, weight_decay=0.01)
+OPTIONS = TrainOptions(
+    head_type="medusa", loss="ce", k_heads=2, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=2,
+    weight_decay=0.01,
+)  # fmt: skip
 
 
 class Counting:
@@ -227,6 +230,16 @@ def test_stopped_and_resumed_is_equal_to_the_bit(
                for name in ("whole", "parts")]  # fmt: skip
     assert sorted(set(figures[0]) - set(figures[1])) == []
     assert len(figures[1]) == len(set(figures[1]))
+
+
+def test_a_run_that_goes_on_elsewhere_has_a_best_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        stop_at(11, patch)
+        build(tmp_path / "here").fit()
+    there = build(tmp_path / "there")
+    there.resume(tmp_path / "here")
+    there.progress.best = 99.0  # nothing will be better than the first epoch was
+    assert (there.fit().best / "medusa_lm_head.safetensors").exists()
 
 
 def test_a_run_that_ended_has_nothing_left_to_do(tmp_path: Path) -> None:

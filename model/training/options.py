@@ -22,7 +22,9 @@ class TrainOptions:
     """All options of `train_medusa.py`; its `--help` is made of this table."""
 
     base_model_path: str = _option("", "The GGUF file of the base model.")
-    head_type: Literal["medusa", "hydra"] = _option("medusa", "hydra: heads read drafted tokens too.")
+    head_type: Literal["medusa", "hydra"] = _option(
+        "hydra", "hydra: heads read drafted tokens too; medusa: the state alone."
+    )
     k_heads: int = _option(5, "Number of heads; head i drafts i+1 tokens ahead.", 1)
     head_layers: int = _option(1, "Residual blocks per head.", 1)
     hidden_dim: int = _option(0, "Width inside a block; 0: the model's own. Smaller makes a bottleneck.", 0)
@@ -30,7 +32,7 @@ class TrainOptions:
         "tied", "tied: the model's LM head, frozen; own: a trained copy per head."
     )
     loss: Literal["ce", "kd"] = _option(
-        "ce", "ce: learn the text's tokens; kd: the base model's distribution over the next token."
+        "kd", "kd: learn the base model's distribution over the next token; ce: the text's tokens."
     )
     kd_temperature: float = _option(1.0, "Distributions are softened by it (--loss kd).", 0.01)
     kd_weight: float = _option(1.0, "Weight of that distribution against the text's tokens (--loss kd).", 0, most=1)
@@ -94,5 +96,6 @@ def read_config(path: Path) -> dict[str, Any]:
 
 def changed_options(old: dict[str, Any], new: TrainOptions) -> list[str]:
     """Name the options that decide about a run's result and differ from those it was begun with, with both values."""
+    old = {"head_type": "medusa", "loss": "ce", **old}  # what they were before they could be chosen
     pairs = {item.name: (old.get(item.name, item.default), getattr(new, item.name)) for item in fields(new)}
     return [f"{name} ({a}, now {b})" for name, (a, b) in pairs.items() if name not in FREE_TO_CHANGE and a != b]
