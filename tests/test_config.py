@@ -39,7 +39,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "MEDUSA_K_HEADS": "2", "MEDUSA_MAX_TOKENS_PER_STEP": "16", "LOG_LEVEL": "DEBUG",
         "HOST": "0.0.0.0", "PORT": "9000", "API_KEY": " sk-1 ", "CORS_ORIGINS": "https://a.example/, http://b:1",
         "ALLOWED_HOSTS": "llm.home,,box", "N_PARALLEL": "8", "MAX_QUEUE": "0", "MAX_BODY_BYTES": "5000",
-        "REQUEST_TIMEOUT": "60", "SHUTDOWN_TIMEOUT": "0",
+        "REQUEST_TIMEOUT": "60", "SHUTDOWN_TIMEOUT": "0", "CACHE_TOKENS": "9999",
     }  # fmt: skip
     assert {name.lower() for name in values} == set(Settings.model_fields)  # every variable is tried
     for name, value in values.items():
@@ -51,7 +51,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (s.medusa_k_heads, s.medusa_max_tokens_per_step, s.log_level) == (2, 16, "DEBUG")
     assert (s.host, s.port, s.n_parallel, s.max_queue, s.max_body_bytes) == ("0.0.0.0", 9000, 8, 0, 5000)
     assert (s.origins, s.hosts) == (("https://a.example", "http://b:1"), ("llm.home", "box"))
-    assert (s.request_timeout, s.shutdown_timeout) == (60, 0)
+    assert (s.request_timeout, s.shutdown_timeout, s.cache_tokens) == (60, 0, 9999)
     assert s.api_key is not None and s.api_key.get_secret_value() == "sk-1" and "sk-1" not in repr(s)
 
 
