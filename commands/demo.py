@@ -18,7 +18,7 @@ from model.engine import Engine
 from model.errors import MedusaError
 from model.measuring.report import read_prompts, table
 
-DEMO_TOKENS_PER_MINUTE = 80_000  # states once and three epochs, on two cores
+DEMO_TOKENS_PER_MINUTE = 70_000  # states once and three epochs, on two cores
 
 
 @click.command()
