@@ -91,7 +91,7 @@ def at_real_cost(settings: Settings, heads: Path, texts: list[str], max_tokens: 
 
     click.echo(
         f"\n3. The same on {len(texts)} prompts at the cost of 1 B parameters: the bundled model, padded with weights\n"
-        "   that change nothing of what it writes (benchmarks/scale_up.py); about two minutes"
+        "   that change nothing of what it writes (benchmarks/scale_up.py); some minutes"
     )
     try:
         scaled = build("1b", "Q4_0", base=settings.model_path, heads=heads, out=OUT / "demo")

@@ -16,6 +16,7 @@ from config import HEADS_FOLDER
 from model.base import remember
 from model.decoding.generation import Request
 from model.decoding.live import LivePlan
+from model.decoding.sampling import SamplingParams
 from model.engine import Engine, EngineOptions
 from model.heads.files import base_facts, new_heads, save_heads
 from model.heads.hydra import HydraHeads
@@ -102,6 +103,11 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
     monkeypatch.setattr(tuning, "measure", fake)
     assert tuned(engine, requests(engine), heads=False) == tuned(engine, requests(engine), heads=False) == known
     assert len(calls) == 1
+    sampled = [replace(r, sampling=SamplingParams(0.8)) for r in requests(engine)]
+    tuned(engine, sampled, heads=False)
+    assert [call["curve"] for call in calls] == [None, known.curve], "steps cost the same, whoever is sampled"
+    assert tuned(engine, sampled, heads=False, afresh=True) == known and calls.pop()["curve"] is None
+    calls.pop()
     tuned(engine, requests(engine), heads=True)
     assert len(calls) == 2, "another question"
     assert engine.weights is not None
