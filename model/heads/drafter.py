@@ -5,7 +5,7 @@ their logits, and the chain between two numpy arrays is one TorchScript call. Me
 V=4,096, 3 heads): `benchmarks/draft_cost.py`. Knows nothing of acceptance and llama.cpp.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import cast
 
@@ -59,6 +59,11 @@ class HeadsDrafter:
 
     def _fastest(self, heads: MedusaHeads) -> str:
         """Time one row in each type, with a part of the LM head only, and name the fastest."""
+        ids = np.arange(min(heads.config.vocab, PROBE_VOCAB), dtype=np.int32)
+        return fastest(f"{heads.config} {self._n_heads}", lambda dtype: self._one_row(heads, ids, dtype))
+
+    def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
+        """Compile the drafting of one made-up row over these tokens, to be timed."""
         raise NotImplementedError
 
     def _prepare(self, heads: MedusaHeads) -> None:
@@ -103,10 +108,8 @@ class MedusaDrafter(HeadsDrafter):
         """See Drafter."""
         return [tree.fill(guesses) for tree, guesses in zip(trees, self.rank(hidden)[0], strict=True)]
 
-    def _fastest(self, heads: MedusaHeads) -> str:
-        row, ids = torch.randn(1, heads.config.dim), np.arange(min(heads.config.vocab, PROBE_VOCAB), dtype=np.int32)
-        what = f"{heads.config} {self._n_heads}"
-        return fastest(what, lambda dtype: partial(_compile(heads, self._n_heads, ids, dtype), row))
+    def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
+        return partial(_compile(heads, self._n_heads, ids, dtype), torch.randn(1, heads.config.dim))
 
     def _prepare(self, heads: MedusaHeads) -> None:
         self._logits = _compile(heads, self._n_heads, self.ids, self.dtype)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.heads.drafter import PROBE_VOCAB, Float32Array, HeadsDrafter, Int32Array, MedusaDrafter
-from model.heads.fast import compiled, fastest, linear
+from model.heads.drafter import Float32Array, HeadsDrafter, Int32Array, MedusaDrafter
+from model.heads.fast import compiled, linear
 from model.heads.hydra import HydraHeads
 from model.heads.medusa import MedusaHeads
 from model.trees.tree import Tree
@@ -57,15 +57,11 @@ class HydraDrafter(HeadsDrafter):
         flat, ends = tokens.tolist(), starts.tolist()
         return [flat[start + 1 : end] for start, end in pairwise(ends)]
 
-    def _fastest(self, heads: MedusaHeads) -> str:
+    def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
         assert isinstance(heads, HydraHeads)
-        ids, last = np.arange(min(heads.config.vocab, PROBE_VOCAB), dtype=np.int32), self._n_heads - 1
+        last = self._n_heads - 1
         example = torch.randn(1, heads.config.dim), torch.zeros((1, last + 1), dtype=torch.int64)
-
-        def build(dtype: str) -> Callable[[], object]:
-            return partial(_compile(heads, last, _lm_head(heads, last, ids, dtype), dtype), *example)
-
-        return fastest(f"{heads.config} {self._n_heads}", build)
+        return partial(_compile(heads, last, _lm_head(heads, last, ids, dtype), dtype), *example)
 
     def _prepare(self, heads: MedusaHeads) -> None:
         assert isinstance(heads, HydraHeads)

@@ -94,13 +94,12 @@ def tuned(
 ) -> Tuning:
     """Return the remembered figures, or measure them now, having `told` the user."""
     sampling = requests[0].sampling.temperature > 0
-    key, other = (_key(engine, kind, heads, draft_vocab) for kind in (sampling, not sampling))
-    known = {} if afresh else recall(KIND)
+    key, known = _key(engine, sampling, heads, draft_vocab), {} if afresh else recall(KIND)
     kept = Tuning.from_json(known.get(key))
     if kept is not None:
         return kept
     told()
-    before = Tuning.from_json(known.get(other))  # of other guesses, but the same steps
+    before = Tuning.from_json(known.get(_key(engine, not sampling, heads, draft_vocab)))  # its steps cost the same
     curve = before.curve if before else None
     tuning = measure(engine, requests, heads=heads, draft_vocab=draft_vocab, budget_s=budget_s, curve=curve)
     remember(KIND, key, tuning.to_json())

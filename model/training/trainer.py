@@ -210,7 +210,8 @@ class Trainer:
         at = self.progress
         found = self._validate()
         at.epoch, at.step_in_epoch, at.rank_accuracies = at.epoch + 1, 0, found.rank_accuracies
-        better = found.tree_length > at.best or not self.best.exists()  # resumed into another folder, say
+        none_yet = self.ranks.first_says(not self.best.exists())  # resumed into another folder, say
+        better = found.tree_length > at.best or none_yet
         if better:
             at.best, at.best_epoch = found.tree_length, at.epoch
         if record:
