@@ -29,6 +29,7 @@ from model.engine import Engine, EngineOptions
 from model.errors import MedusaError, UsageError
 from model.measuring.choosing import Wish, choose, trial_requests
 from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Started, merged
+from model.serving.protocol import WorkerError
 from model.serving.writing import Writing
 
 log = logging.getLogger(__name__)
@@ -118,6 +119,9 @@ def _answer(
             answer = getattr(model, kind)(*values)
         except MedusaError as error:
             answer = error
+        except Exception:  # a fault of ours; the next question wants its answer all the same
+            log.exception("a question could not be answered")
+            answer = WorkerError("the model's process could not answer")
         with speaking:
             outbox.send(("answer", key, answer))
 
