@@ -29,7 +29,8 @@ import numpy as np  # noqa: E402
 from config import Settings  # noqa: E402
 from model.base.chat import ChatTemplate  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
-from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase  # noqa: E402
+from model.base.llama_model import LlamaModel  # noqa: E402
 from model.training.documents import read_documents  # noqa: E402
 from model.training.extraction import open_base, pack  # noqa: E402
 from model.training.states import CacheKey, cached_states  # noqa: E402

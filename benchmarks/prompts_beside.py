@@ -24,7 +24,8 @@ import numpy as np  # noqa: E402
 
 from benchmarks.scale_up import BUNDLED, build  # noqa: E402
 from config import Settings  # noqa: E402
-from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase  # noqa: E402
+from model.base.llama_model import LlamaModel  # noqa: E402
 
 CONTEXT = 256  # tokens of each running text, and of the prompt before the chunk
 

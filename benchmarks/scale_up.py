@@ -29,7 +29,8 @@ import numpy as np  # noqa: E402
 from benchmarks.growth import BLOCK, RECIPE, Shape, check_room, grow, recipe, shape_of  # noqa: E402
 from config import HEADS_FOLDER, usable_cores  # noqa: E402
 from model.base.gguf_file import GGUFFile, requantize  # noqa: E402
-from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase  # noqa: E402
+from model.base.llama_model import LlamaModel  # noqa: E402
 from model.engine import find_heads  # noqa: E402
 from model.errors import HeadsError  # noqa: E402
 from model.heads.files import base_facts, load_heads, new_heads, save_heads  # noqa: E402

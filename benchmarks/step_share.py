@@ -28,7 +28,8 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
 from config import usable_cores  # noqa: E402
-from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase  # noqa: E402
+from model.base.llama_model import LlamaModel  # noqa: E402
 from model.decoding.generation import Generation, Request  # noqa: E402
 from model.decoding.planning import FixedPlan  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402

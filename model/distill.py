@@ -25,7 +25,8 @@ import click  # noqa: E402
 from config import Settings  # noqa: E402
 from model.base.chat import ChatTemplate, template_of  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
-from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase  # noqa: E402
+from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import DataError, ModelFileError  # noqa: E402
 from model.training.answers import Answer, AnswerFile  # noqa: E402

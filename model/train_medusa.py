@@ -31,7 +31,8 @@ import torch  # noqa: E402
 from config import HEADS_FOLDER, Settings  # noqa: E402
 from model.base.chat import template_of  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
-from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase  # noqa: E402
+from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import ModelFileError, UsageError  # noqa: E402

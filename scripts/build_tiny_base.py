@@ -28,7 +28,8 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from tiny_llama import TinyConfig, TinyLlama, write_gguf  # noqa: E402
 
 from model.base.gguf_file import requantize  # noqa: E402
-from model.base.llama import LlamaBase, LlamaModel  # noqa: E402
+from model.base.llama import LlamaBase  # noqa: E402
+from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.whole_file import whole_file  # noqa: E402
 from model.training.documents import standard_library  # noqa: E402
 

@@ -19,7 +19,8 @@ from fake_endpoint import KEY, serving
 
 from model import distill, train_medusa
 from model.base.gguf_file import GGUFFile
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.decoding.generation import Generation, Request
 from model.decoding.loops import without_loop
 from model.decoding.planning import FixedPlan

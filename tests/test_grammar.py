@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from model.base.grammar import GbnfGrammar, schema_to_gbnf
-from model.base.llama import LlamaModel
+from model.base.llama_model import LlamaModel
 from model.errors import UsageError
 
 

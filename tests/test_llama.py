@@ -12,7 +12,8 @@ import pytest
 
 from model.base import lm_head, remember
 from model.base.gguf_file import GGUFFile
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.base.lm_head import TOLERANCE, check_lm_head, lm_head_error
 from model.decoding.step import lane_rows
 from model.errors import ContextError, ModelFileError, UsageError

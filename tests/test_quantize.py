@@ -26,7 +26,8 @@ from conftest import FOREIGN, ROOT, Foreign, random_llama
 from model.base import cutting, gguf_file, quantizer
 from model.base.cutting import cut_layers, layers_alike
 from model.base.gguf_file import GGUFFile, requantize
-from model.base.llama import Float32Array, LlamaBase, LlamaModel
+from model.base.llama import Float32Array, LlamaBase
+from model.base.llama_model import LlamaModel
 from model.base.load_check import check_loads
 from model.base.quantizer import TYPES, file_type, quality_warning, tensor_type
 from model.errors import ModelFileError, OutputError, UsageError

@@ -22,7 +22,8 @@ from benchmarks.growth import Shape, grow, shape_of
 from benchmarks.scale_up import Scaled, build, final_stream, grow_heads
 from config import HEADS_FOLDER
 from model.base.gguf_file import GGUFFile, requantize
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.decoding.sampling import Sampler, SamplingParams
 from model.engine import Engine, EngineOptions
 from model.errors import HeadsError, ModelFileError, UsageError

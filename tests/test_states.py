@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 import torch
 
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.errors import ContextError, DataError, OutputError
 from model.training import extraction
 from model.training.extraction import StreamedStates, decode_states, open_base, pack
@@ -203,7 +204,7 @@ def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
         import sys, time
         sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
         from test_states import KEY, make, LENGTHS
-        from model.base.llama import LlamaModel
+        from model.base.llama_model import LlamaModel
         from model.training import states
         from model.training.extraction import open_base, decode_states
         def slowly(base, samples):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from model.base.chat import ChatTemplate
-from model.base.llama import LlamaModel
+from model.base.llama_model import LlamaModel
 from model.errors import DataError
 from model.training.documents import ROLES, Document, held_out, read_documents, read_records, standard_library
 from model.training.prompts import read_prompts

@@ -11,7 +11,8 @@ import torch
 from conftest import ROOT, Foreign
 from tiny_llama import TinyLlama
 
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.training.documents import standard_library
 
 ODD = [

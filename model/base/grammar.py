@@ -20,7 +20,7 @@ import llama_cpp.llama_grammar as converter
 import numpy as np
 import numpy.typing as npt
 
-from model.base.llama import LlamaModel
+from model.base.llama_model import LlamaModel
 from model.errors import UsageError
 
 Float32Array = npt.NDArray[np.float32]

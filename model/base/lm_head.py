@@ -6,7 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from model.base.gguf_file import GGUFFile
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.base.remember import recall, remember
 from model.errors import ModelFileError
 

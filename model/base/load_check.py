@@ -75,7 +75,8 @@ def _try(path: Path) -> None:
     """Load the file, tokenize every byte, decode one token; raises ModelFileError, or takes the process down."""
     import numpy as np  # here, not above: only the child needs them
 
-    from model.base.llama import LlamaBase, LlamaModel
+    from model.base.llama import LlamaBase
+    from model.base.llama_model import LlamaModel
 
     model = LlamaModel(path)
     base = LlamaBase(model, n_ctx=64, n_threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)

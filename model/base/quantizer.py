@@ -91,7 +91,7 @@ def _quantize(source: str, target: str, kind: int, output_type: int, threads: in
     """Return llama.cpp's status, 0 if all went well."""
     import llama_cpp  # only the child needs it
 
-    from model.base import llama  # noqa: F401  (sends llama.cpp's log to `logging`)
+    from model.base import llama_model  # noqa: F401  (sends llama.cpp's log to `logging`)
 
     params = llama_cpp.llama_model_quantize_default_params()
     params.ftype, params.allow_requantize, params.nthread = kind, True, threads

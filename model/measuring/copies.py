@@ -15,7 +15,8 @@ from statistics import median
 import numpy as np
 import numpy.typing as npt
 
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.engine import Engine
 from model.measuring.step_times import LANES, StepTimer
 from model.trees.costs import CostCurve, measure_curve

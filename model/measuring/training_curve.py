@@ -5,7 +5,8 @@ from __future__ import annotations
 import platform
 from importlib.metadata import version
 
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.base.remember import recall, remember
 from model.measuring.step_times import LANES, time_steps
 from model.trees.costs import SIZES, CostCurve

@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 import numpy.typing as npt
 
-from model.base.llama import LlamaModel
+from model.base.llama_model import LlamaModel
 from model.decoding.drafting import Drafter
 from model.decoding.generation import TextStream
 from model.decoding.ngram import NgramIndex
