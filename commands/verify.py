@@ -28,7 +28,8 @@ from model.trees.tree import Tree
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 def verify(prompts: Path, n_prompts: int, max_tokens: int, json_path: Path | None) -> None:
     """Prove that drafting leaves the text alone, and that the proof would notice if it did not."""
-    from model.measuring.proofs import controls, prove
+    from model.measuring.faults import controls
+    from model.measuring.proofs import prove
 
     check_writable(json_path)
     engine = open_engine(Settings.load())

@@ -134,7 +134,7 @@ def test_verify_exits_with_0_when_all_holds_and_1_otherwise(tmp_path: Path, monk
     done = call(*words)
     assert done.exit_code == 0, done.output
     assert json.loads(out.read_text())["holds"] is True and "FAIL" not in done.output
-    monkeypatch.setattr("model.measuring.proofs.NOISE", 1e-9)
+    monkeypatch.setattr("model.measuring.replay.NOISE", 1e-9)
     done = call(*words)
     assert done.exit_code == 1 and "FAIL" in done.output and json.loads(out.read_text())["holds"] is False
 

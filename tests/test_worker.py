@@ -25,7 +25,7 @@ from model.decoding.slot import Slot
 from model.engine import Engine, EngineOptions
 from model.errors import MedusaError, UsageError
 from model.measuring.choosing import Wish
-from model.measuring.proofs import NOISE, _causal, noise_floor, replay
+from model.measuring.replay import NOISE, causal, noise_floor, replay
 from model.serving.jobs import Event, Failed, Finished, Job, Piece, Sampling, Started
 from model.serving.model_process import ModelOptions
 from model.serving.protocol import Overloaded, Worker
@@ -154,7 +154,7 @@ def test_texts_side_by_side_stand_their_replay(served: Served, engine: Engine) -
             assert text.text == engine.model.detokenize(text.ids)
             tokens = request.prompt + text.ids
             sampler = Sampler(SamplingParams(job.sampling.temperature, seed=job.sampling.seed or 0))
-            rows = _causal(replayer, tokens, len(request.prompt), 1)
+            rows = causal(replayer, tokens, len(request.prompt), 1)
             margins = [sampler.margin(row, t, i) for i, (row, t) in enumerate(zip(rows, text.ids, strict=True))]
             assert max(margins) <= bound
             wrong = [
@@ -263,7 +263,7 @@ def test_a_prompt_is_judged(served: Served, engine: Engine) -> None:
     assert judged.last.reason == "length" and followed.last.new_tokens == 4
     ids = engine.request(PROMPTS[1], 1).prompt
     with engine.base() as base:
-        rows = _causal(base, [*ids, 0], 2, 1)  # the logits behind the second token and each later one
+        rows = causal(base, [*ids, 0], 2, 1)  # the logits behind the second token and each later one
     for done in (judged, followed):
         first, _, *rest = [t for e in done.events if isinstance(e, Piece) for t in e.tokens][: len(ids)]
         assert [first.id, *(t.id for t in rest)] == [ids[0], *ids[2:]] and first.logprob is None
