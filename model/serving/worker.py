@@ -1,32 +1,27 @@
 """The parent's side of the process that owns the model: starts it, starts it again, hands jobs in and events out.
 
-A thread per process reads what comes and puts it into each job's own queue, so that a slow reader stops neither the
-model nor the other jobs. A queue is bounded by its text, which has `max_tokens`; who goes away is to `cancel`.
+What comes goes into each job's own queue, so that a slow reader stops neither the model nor the other jobs. A queue is
+bounded by its text, which has `max_tokens`; who goes away is to `cancel`.
 Knows no HTTP, and of the model only what `ModelInfo` tells.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import logging
-import multiprocessing
-import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from time import perf_counter
 from typing import Any
 
 from model.serving.jobs import Event, Failed, Finished, Job, ModelInfo, Started
-from model.serving.model_process import ModelOptions, run
+from model.serving.life import Life
+from model.serving.model_process import ModelOptions
 from model.serving.protocol import Overloaded, WorkerError
 
 log = logging.getLogger(__name__)
 FIRST_DELAY_S, LONGEST_DELAY_S = 0.5, 30.0  # before a process is started again that died before it was ready
-QUIT_S = 2.0  # until a process that was asked to go is killed
 STUCK_S = 120.0  # without a word where there is work: the process is killed, as a grammar can hold llama.cpp for ever
 USUAL_JOB_S = 5.0  # a job's time, before any was seen
 DIED = "the model's process has died; it is being started again"
@@ -39,17 +34,6 @@ class _Running:
     events: asyncio.Queue[Event | None] = field(default_factory=asyncio.Queue)
     since: float = field(default_factory=perf_counter)
     started: bool = False
-
-
-@dataclass(eq=False)
-class _Process:
-    """One life of the model's process."""
-
-    process: BaseProcess
-    to: Connection
-    source: Connection
-    reader: threading.Thread | None = None
-    ready: bool = False
 
 
 class ModelWorker:
@@ -65,7 +49,7 @@ class ModelWorker:
         self._jobs: dict[str, _Running] = {}
         self._answers: dict[int, asyncio.Future[Any]] = {}
         self._keys = 0
-        self._life: _Process | None = None
+        self._life: Life | None = None
         self._closing = False
         self._changed = asyncio.Event()  # ready, refused, or a job is done
         self._refusal: str | None = None
@@ -169,10 +153,7 @@ class ModelWorker:
         self._fail_all("the server is shutting down")
         life, self._life = self._life, None
         if life is not None:
-            with suppress(OSError):
-                life.to.send(("quit",))
-            await asyncio.to_thread(_end, life)
-            _shut(life)
+            await life.end()
 
     def _note_rest(self) -> None:
         if not (self._jobs or self._answers):  # it had nothing to say
@@ -189,34 +170,13 @@ class ModelWorker:
 
     def _send(self, *command: Any) -> None:
         if self._life is not None:
-            with suppress(OSError):  # the process has died; its reader will say so
-                self._life.to.send(command)
+            self._life.send(*command)
 
     def _spawn(self) -> None:
         self._restart = None
-        context = multiprocessing.get_context("spawn")
-        inbox, to = context.Pipe(duplex=False)
-        source, outbox = context.Pipe(duplex=False)
-        process = context.Process(target=run, args=(self._options, inbox, outbox), name="model", daemon=True)
-        process.start()
-        atexit.register(process.kill)  # where nobody has closed; before multiprocessing would wait for it
-        inbox.close()
-        outbox.close()
-        life = self._life = _Process(process, to, source)
-        life.reader = threading.Thread(target=self._read, args=(life,), name="model-events", daemon=True)
-        life.reader.start()
+        self._life = Life(self._options, self._loop, self._take, self._lost)
 
-    def _read(self, life: _Process) -> None:
-        """Pass on what the process says until it has gone; runs in a thread."""
-        with suppress(RuntimeError):  # the loop is closed
-            try:
-                while True:
-                    self._loop.call_soon_threadsafe(self._take, life, *life.source.recv())
-            except Exception:  # it has gone, or was killed within a message
-                life.process.join()
-                self._loop.call_soon_threadsafe(self._lost, life)
-
-    def _take(self, life: _Process, kind: str, *rest: Any) -> None:
+    def _take(self, life: Life, kind: str, *rest: Any) -> None:
         """Obey what a process says."""
         if life is not self._life:
             return
@@ -254,9 +214,9 @@ class ModelWorker:
             del self._jobs[event.id]
             self._job_s += 0.1 * (perf_counter() - running.since - self._job_s)
 
-    def _lost(self, life: _Process) -> None:
+    def _lost(self, life: Life) -> None:
         """The process has ended, and nobody asked it to."""
-        _shut(life)
+        life.shut()
         if life is not self._life:
             return
         self._life, self.cached = None, 0
@@ -275,19 +235,3 @@ class ModelWorker:
             if not answer.done():
                 answer.set_exception(WorkerError(why))
         self._changed.set()
-
-
-def _end(life: _Process) -> None:
-    """Wait until a process is gone, killing it where it does not go."""
-    assert life.reader is not None
-    life.reader.join(QUIT_S)  # which waits for the process
-    if life.reader.is_alive():
-        life.process.kill()
-        life.reader.join()
-
-
-def _shut(life: _Process) -> None:
-    """Close its pipes; in the event loop only, as two threads might close one descriptor twice."""
-    atexit.unregister(life.process.kill)
-    life.to.close()
-    life.source.close()
