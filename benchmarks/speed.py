@@ -15,13 +15,13 @@ that an hour's run can be made in parts.
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from time import perf_counter
 from typing import Any
 
@@ -36,25 +36,21 @@ import llama_cpp  # noqa: E402
 from llama_cpp.llama_speculative import LlamaPromptLookupDecoding  # noqa: E402
 
 from benchmarks.scale_up import BUNDLED, build, grow_heads  # noqa: E402
+from benchmarks.speed_table import COLUMNS, TYPES, cells, write  # noqa: E402
 from config import HEADS_FOLDER, Settings  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.decoding.drafting import RandomDrafter  # noqa: E402
 from model.decoding.generation import Request  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.engine import Decoder, Engine, EngineOptions  # noqa: E402
-from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
-from model.measuring.speed import compare  # noqa: E402
+from model.measuring.report import facts, read_prompts  # noqa: E402
+from model.measuring.speed import TimedText, compare, take_turns, turn_tokens  # noqa: E402
+from model.measuring.step_times import step_curve  # noqa: E402
 from model.measuring.tuning import Tuning, live_decoder, measure  # noqa: E402
+from model.trees.costs import CostCurve  # noqa: E402
 
 PROMPTS = ROOT / "benchmarks" / "prompts"
-TYPES = ("bf16", "q4_0+q4_0", "q4_0", "q4_k_m")  # type, + the LM head's where it differs from llama.cpp's choice
 BUDGET_S = 20.0  # seconds for the curve: the median of three rounds is off by up to a tenth
-COLUMNS = (
-    ("type", "type"), ("temperature", "T"), ("who", "drafted by"), ("plain_tokens_per_s", "plain tok/s"),
-    ("medusa_tokens_per_s", "drafted tok/s"), ("speedup", "speedup"), ("expected_speedup", "predicted"),
-    ("of_expected", "of it"), ("acceptance_length", "tokens a step"), ("nodes", "nodes a step"),
-    ("draft_share", "drafting"), ("repeated_8grams", "looping 8-grams"), ("equal", "same text"),
-)  # fmt: skip
 
 
 def prompts_for(engine: Engine, what: str) -> list[str]:
@@ -79,12 +75,18 @@ def requests_for(engine: Engine, what: str, temperature: float, n: int, tokens: 
     return [replace(r, prompt=r.prompt[:room]) for r in requests]
 
 
-def labelled(result: dict[str, Any], requests: list[Request], tuning: Tuning, **labels: Any) -> dict[str, Any]:
-    """Return the figures of one way to draft, with what the tuning predicts for the steps that were made."""
+def labelled(
+    result: dict[str, Any], requests: list[Request], tuning: Tuning, later: CostCurve, **labels: Any
+) -> dict[str, Any]:
+    """Return the figures of one way to draft, with what is predicted for the steps that were made.
+
+    By the tuning's curve, measured before, and one measured after: the mean of both.
+    """
     steps, length = sum(result["steps_by_nodes"].values()), result["acceptance_length"]
     context = sum(len(r.prompt) + r.max_tokens / 2 for r in requests) / len(requests)
     step_us = sum(result[f"{part}_us"] for part in ("draft", "decode", "verify", "other"))
-    expected = tuning.expected_speedup(result["steps_by_nodes"], round(length * steps), result["head_steps"], context)
+    done = (result["steps_by_nodes"], round(length * steps), result["head_steps"], context)
+    expected = mean(t.expected_speedup(*done) for t in (tuning, replace(tuning, curve=later)))
     del result["text_pairs"]
     return {
         **labels,
@@ -97,6 +99,7 @@ def labelled(result: dict[str, Any], requests: list[Request], tuning: Tuning, **
         "equal": f"{result['equal_sequences']}/{result['sequences']}",
         **result,
         "tuning": tuning.to_json(),
+        "later_curve": later.to_json(),
     }
 
 
@@ -134,6 +137,24 @@ def cases(engine: Engine, tuning: Tuning, what: str) -> Iterator[tuple[str, dict
         yield "python", {**fixed_tree(engine, tuning), "both": live_decoder(engine, tuning, ngrams=True)}
 
 
+class ForeignText:
+    """A text that llama-cpp-python writes; see Timed. The prompt and the first token are done when it is made."""
+
+    def __init__(self, llm: llama_cpp.Llama, request: Request) -> None:
+        temperature = request.sampling.temperature
+        self._pieces = llm.generate(request.prompt, temp=temperature, top_k=0, top_p=1.0, min_p=0.0)
+        next(self._pieces)
+        self._most, self.tokens, self.seconds = request.max_tokens, 1, 0.0
+
+    def write(self, tokens: int | None = None) -> bool:
+        """See Timed."""
+        since, goal = perf_counter(), min(tokens or self._most, self._most)
+        while self.tokens < goal and next(self._pieces, None) is not None:
+            self.tokens += 1
+        self.seconds += perf_counter() - since
+        return self.tokens < goal or goal == self._most
+
+
 def others(engine: Engine, requests: list[Request]) -> tuple[float, dict[str, float]]:
     """Return tokens/s of plain decoding, and of llama-cpp-python with and without its prompt lookup, in turn."""
     threads = engine.options.n_threads
@@ -153,58 +174,21 @@ def others(engine: Engine, requests: list[Request]) -> tuple[float, dict[str, fl
         )
         for name, n in looking.items()
     }
-    spent: dict[str, list[float]] = {name: [] for name in ("", *llms)}
-    tokens = dict.fromkeys(spent, 0)
+    spent, tokens = dict.fromkeys(("", *llms), 0.0), dict.fromkeys(("", *llms), 0)
     with engine.decoder() as plain:
-        for i, request in enumerate(requests):
-            for turn in range(len(spent)):
-                name = list(spent)[(turn + i) % len(spent)]
-                if not name:
-                    generation, seconds = plain.time(request)
-                    written = len(generation.tokens)
-                else:
-                    temp = request.sampling.temperature
-                    pieces = llms[name].generate(request.prompt, temp=temp, top_k=0, top_p=1.0, min_p=0.0)
-                    next(pieces)  # the prompt
-                    since = perf_counter()
-                    written = sum(1 for _ in zip(range(request.max_tokens - 1), pieces, strict=False))
-                    seconds = perf_counter() - since
-                spent[name].append(seconds)
-                tokens[name] += written
+        piece = turn_tokens(plain, requests[0])
+        for request in requests:
+            own, theirs = TimedText(plain, request), {name: ForeignText(llm, request) for name, llm in llms.items()}
+            take_turns([own, *theirs.values()], piece)
+            spent[""] += own.seconds
+            tokens[""] += len(own.generation.tokens)
+            for name, text in theirs.items():
+                spent[name] += text.seconds
+                tokens[name] += text.tokens - 1  # the first came with the prompt
     for llm in llms.values():
         llm.close()
-    rates = {name: tokens[name] / sum(seconds) for name, seconds in spent.items()}
+    rates = {name: tokens[name] / seconds for name, seconds in spent.items()}
     return rates.pop(""), rates
-
-
-def kept_rows(path: Path, about: dict[str, Any], done: set[tuple[str, float]]) -> list[dict[str, Any]]:
-    """Return the rows of other types and temperatures that were measured before in the same way."""
-    try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        same = all(before[key] == about[key] for key in about)
-        return [r for r in before["rows"] if same and (r["type"], r["temperature"]) not in done]
-    except (OSError, ValueError, KeyError):
-        return []
-
-
-def place(row: dict[str, Any]) -> tuple[int, float]:
-    """Return where a row stands in the table."""
-    return TYPES.index(row["type"]) if row["type"] in TYPES else len(TYPES), row["temperature"]
-
-
-def cells(row: dict[str, Any]) -> str:
-    """Return a row as Markdown."""
-    texts = [f"{row[key]:.2f}" if isinstance(row[key], float) else str(row[key]) for key, _ in COLUMNS]
-    return "| " + " | ".join(texts) + " |"
-
-
-def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
-    """Return the rows as a Markdown table under a line of facts."""
-    versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    lines = [f"{about['machine']}, {about['threads']} threads, {versions}.", ""]
-    lines += [f"    {command}" for command in dict.fromkeys(row["command"] for row in rows)] + [""]
-    lines += ["| " + " | ".join(title for _, title in COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
-    return "\n".join(lines + [cells(row) for row in rows]) + "\n"
 
 
 @dataclass(frozen=True)
@@ -236,9 +220,10 @@ def measure_rows(
             for decoder in ways.values():
                 stack.enter_context(decoder)
             results = compare(engine, requests, *ways.values(), runs=amount.runs)
+        later = step_curve(engine, BUDGET_S)
         for who, result in zip(ways, results, strict=True):
             labels |= {"temperature": temperature, "texts": texts, "who": who}
-            rows.append(labelled(result, requests, tunings[who], **labels))
+            rows.append(labelled(result, requests, tunings[who], later, **labels))
             click.echo(cells(rows[-1]))
     return rows
 
@@ -272,7 +257,7 @@ def main(
 ) -> None:
     """Measure every type at every temperature."""
     settings, amount = Settings.load(), Amount(**amounts)
-    rows, done = list[dict[str, Any]](), set[tuple[str, float]]()
+    rows = list[dict[str, Any]]()
     out = out or ROOT / "benchmarks" / "results" / ("speed" if amount.what == "usual" else f"speed_{amount.what}")
     options = EngineOptions(settings.n_threads, settings.model_context_size, settings.n_gpu_layers, max_nodes=32)
     for kind in types.split(",") if amount.shape != "tiny" else [""]:
@@ -296,10 +281,7 @@ def main(
             rows += measure_rows(engine, amount, temperature, rival, type=label, **own)
             if with_others:
                 rows += other_rows(engine, amount, rows[-1])
-            done.add((label, temperature))
-            table = sorted(kept_rows(out.with_suffix(".json"), about, done) + rows, key=place)
-            write_json(out.with_suffix(".json"), {**about, "rows": table})
-            out.with_suffix(".md").write_text(markdown(table, about), encoding="utf-8")
+            write(out, about, rows)
         engine.model.close()
         if rival:
             rival.model.close()

@@ -10,11 +10,11 @@ import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from model.base.gguf_file import GGUFFile
-from model.base.llama import LlamaBase, LlamaModel
+from model.base.llama import LlamaBase
+from model.base.llama_model import LlamaModel
 from model.base.lm_head import check_lm_head
 from model.base.load_check import check_loads
 from model.decoding.drafting import Drafter, Ranker
@@ -76,16 +76,6 @@ class Decoder:
             ngrams=self.ngrams,
             keep_logits=keep_logits,
         )
-
-    def time(self, request: Request) -> tuple[Generation, float]:
-        """Write a whole text; return it and the seconds from the end of the prompt to the end of the text."""
-        generation = self.start(request)
-        pieces = iter(generation)
-        next(pieces)  # the prompt and the first step
-        since = perf_counter() - generation.slot.stats.seconds
-        for _ in pieces:
-            pass
-        return generation, perf_counter() - since
 
 
 class Engine:

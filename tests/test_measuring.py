@@ -15,8 +15,10 @@ from model.decoding.sampling import Sampler, SamplingParams
 from model.engine import Engine, EngineOptions, find_heads
 from model.errors import HeadsError, UsageError
 from model.heads.drafter import HeadsDrafter
-from model.measuring.proofs import controls, noise_floor, prove, replay
-from model.measuring.speed import compare, repeated_ngrams
+from model.measuring.faults import controls
+from model.measuring.proofs import prove
+from model.measuring.replay import noise_floor, replay
+from model.measuring.speed import TimedText, compare, repeated_ngrams, take_turns, turn_tokens
 from model.trees.tree import Tree
 
 PROMPTS = ["import os\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self):\n"]
@@ -52,7 +54,7 @@ def test_the_proofs_hold(engine: Engine, temperature: float) -> None:
 
 def test_every_planted_fault_is_noticed(engine: Engine) -> None:
     noticed = controls(engine, requests(engine), Tree.product([3, 2]))
-    assert len(noticed) == 4 and all(all(answers) for answers in noticed.values()), noticed
+    assert len(noticed) == 5 and all(all(answers) for answers in noticed.values()), noticed
 
 
 def test_a_text_with_one_foreign_token_does_not_pass_its_replay(engine: Engine) -> None:
@@ -90,11 +92,52 @@ def test_tokens_that_no_draft_can_hold_are_counted(engine: Engine) -> None:
     few, most = engine.decoder(Tree.chain(1), draft_vocab=64), engine.decoder(Tree.chain(1))
     with few, most, engine.decoder() as plain:
         results = compare(engine, requests(engine), few, most, runs=1)
-        tokens = [token for request in requests(engine) for token in plain.time(request)[0].tokens]
+        tokens = list[int]()
+        for request in requests(engine):
+            text = TimedText(plain, request)
+            assert text.write()
+            tokens += text.generation.tokens
     assert isinstance(few.drafter, HeadsDrafter) and len(few.drafter.ids) == 64
     outside = sum(token not in few.drafter.ids for token in tokens) / len(tokens)
     assert 0 < outside == pytest.approx(results[0]["outside_draft_vocab"])
     assert results[1]["outside_draft_vocab"] < outside
+
+
+class OnSlowMachine:
+    """100 tokens of so many seconds each, on a machine that takes twice as long from second 40 to second 80."""
+
+    now = 0.0
+
+    def __init__(self, cost: float) -> None:
+        self.cost, self.tokens, self.seconds = cost, 0, 0.0
+
+    def write(self, tokens: int | None = None) -> bool:
+        while self.tokens < min(tokens or 100, 100):
+            took = self.cost * (2 if 40 <= OnSlowMachine.now < 80 else 1)
+            OnSlowMachine.now += took
+            self.seconds += took
+            self.tokens += 1
+        return self.tokens == 100
+
+
+@pytest.mark.parametrize(("piece", "even"), [(5, True), (100, False)])
+def test_a_machine_that_is_slow_for_a_while_is_slow_for_all(piece: int, even: bool) -> None:
+    OnSlowMachine.now = 0.0
+    one, other = OnSlowMachine(1.0), OnSlowMachine(0.5)
+    take_turns([one, other], piece)
+    assert (one.seconds / other.seconds == pytest.approx(2, rel=0.08)) == even
+
+
+def test_texts_written_in_turn_are_those_written_at_once(engine: Engine) -> None:
+    [request, _] = requests(engine)
+    with engine.decoder(Tree.chain(3)) as medusa, engine.decoder() as plain:
+        assert turn_tokens(plain, request) > 40
+        texts = [TimedText(medusa, request), TimedText(plain, request)]
+        take_turns(texts, 7)
+        whole = TimedText(plain, request)
+        assert whole.write() and all(len(text.generation.tokens) == 40 for text in texts)
+        assert texts[1].generation.tokens == whole.generation.tokens
+        assert 0.5 < texts[1].seconds / texts[1].generation.slot.stats.seconds < 2
 
 
 def test_no_draft_is_plain_decoding(engine: Engine) -> None:

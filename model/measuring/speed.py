@@ -1,7 +1,8 @@
 """Plain decoding and drafted decoding side by side: the same prompts, one process, in turn.
 
 Plain decoding has a context of its own (one sequence, no states), so that nothing flatters the comparison.
-Times run from the end of the prompt to the end of the text.
+Times run from the end of the prompt to the end of the text. All ways write a text at the same time, a piece each in
+turn: a machine that is slow for some seconds is slow for all of them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
+from math import ceil
 from statistics import median
-from typing import Any
+from time import perf_counter
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,6 +22,52 @@ from model.decoding.loops import count_repeats
 from model.decoding.sampling import Sampler
 from model.decoding.slot import STAGES, Stats
 from model.engine import Decoder, Engine
+
+TURN_S = 1.0  # of plain decoding, before the next way's turn; the texts of a tiny model are written in one piece
+
+
+class Timed(Protocol):
+    """A text in the making and the seconds that it has taken, its prompt left out."""
+
+    seconds: float
+
+    def write(self, tokens: int | None = None) -> bool:
+        """Go on until there are so many tokens (None: to the end); say whether the text is finished."""
+        ...
+
+
+class TimedText:
+    """A text that a decoder writes; see Timed. The prompt and the first step are done when it is made."""
+
+    def __init__(self, decoder: Decoder, request: Request) -> None:
+        self.generation = decoder.start(request)
+        self._pieces = iter(self.generation)
+        next(self._pieces)
+        self.seconds = self.generation.slot.stats.seconds
+
+    def write(self, tokens: int | None = None) -> bool:
+        """See Timed."""
+        since, slot = perf_counter(), self.generation.slot
+        for _ in self._pieces:
+            if tokens is not None and len(slot.tokens) - slot.prompt_length >= tokens and not slot.finished:
+                break
+        self.seconds += perf_counter() - since
+        return slot.finished
+
+
+def take_turns(texts: Sequence[Timed], piece: int) -> None:
+    """Write all texts to their ends, `piece` tokens of each in turn."""
+    writing, goal = list(texts), 0
+    while writing:
+        goal += piece
+        writing = [text for text in writing if not text.write(goal)]
+
+
+def turn_tokens(plain: Decoder, request: Request) -> int:
+    """Return how many tokens plain decoding writes in TURN_S."""
+    text = TimedText(plain, replace(request, max_tokens=min(16, request.max_tokens)))
+    text.write()
+    return ceil(TURN_S * len(text.generation.tokens) / text.seconds)
 
 
 @dataclass(frozen=True)
@@ -39,9 +88,8 @@ def compare(engine: Engine, requests: Sequence[Request], *ways: Decoder, runs: i
     Rates are medians over runs.
     """
     with engine.decoder() as plain:
-        for decoder in (plain, *ways):
-            decoder.time(replace(requests[0], max_tokens=min(16, requests[0].max_tokens)))
-        measured = _in_turn((plain, *ways), requests, runs)
+        piece = [turn_tokens(decoder, requests[0]) for decoder in (*ways, plain)][-1]  # and all are warm
+        measured = _in_turn((plain, *ways), requests, runs, piece)
         return [_figures(engine, requests, measured[0], way) for way in measured[1:]]
 
 
@@ -61,19 +109,21 @@ class _Measured:
         return [tokens / seconds for seconds in self.seconds]
 
 
-def _in_turn(decoders: Sequence[Decoder], requests: Sequence[Request], runs: int) -> list[_Measured]:
+def _in_turn(decoders: Sequence[Decoder], requests: Sequence[Request], runs: int, piece: int) -> list[_Measured]:
     measured = [_Measured(decoder) for decoder in decoders]
     for run in range(runs):
         for one in measured:
             one.seconds.append(0.0)
             one.texts.clear()
         for i, request in enumerate(requests):
-            for turn in range(len(decoders)):
-                which = (turn + i + run) % len(decoders)  # who goes first changes
-                generation, seconds = decoders[which].time(request)
-                measured[which].seconds[-1] += seconds
-                measured[which].texts.append(generation)
-                _add(measured[which].stats, generation.slot.stats)
+            first = (i + run) % len(decoders)  # who goes first changes
+            order = [*measured[first:], *measured[:first]]
+            texts = [TimedText(one.decoder, request) for one in order]
+            take_turns(texts, piece)
+            for one, text in zip(order, texts, strict=True):
+                one.seconds[-1] += text.seconds
+                one.texts.append(text.generation)
+                _add(one.stats, text.generation.slot.stats)
     return measured
 
 
