@@ -1,12 +1,13 @@
 """The server under load: Medusa against `draft: none` in one server, in turn, by streams at a time.
 
-    python benchmarks/serve.py                                                  # the bundled model
-    python benchmarks/serve.py --type bf16 --max_tokens 32 --cached   # scale_up.py's: 1 B parameters
+    python benchmarks/serve.py --texts 6 --rounds 4    # the bundled model, whole prompts
+    python benchmarks/serve.py --type bf16 --max_tokens 32 --prompt_tokens 48 --cached    # 1 B parameters (scale_up.py)
 
 Starts `main.py` itself. Every stream is a client of its own that has one text after the other written. Prompts are read
-whole, or with `--cached` are in the cache before the clock starts. Clients and server share the machine's cores. One
-stream through HTTP is also held against the decoder of `main.py generate`, in turn. Writes serve….json and .md under
-benchmarks/results/.
+whole, or with `--cached` are in the cache before the clock starts, and stay there: the server has twice as many places
+as there are streams, as a text that starts takes the place of one that is kept. Clients and server share the machine's
+cores. One stream through HTTP is also held against the decoder of `main.py generate`, in turn. Writes serve….json and
+.md under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ from model.decoding.generation import Request  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.engine import Engine  # noqa: E402
 from model.measuring.report import facts, read_prompts, write_json  # noqa: E402
+from model.measuring.speed import TimedText  # noqa: E402
 
 COLUMNS = (
     ("streams", "streams"), ("draft", "draft"), ("tokens_per_s", "tokens/s"), ("ratio", "against none"),
@@ -160,10 +162,11 @@ def through_http(
     spent, written = [0.0, 0.0], [0, 0]
     with open_decoder(engine, SamplingParams(temperature)) as decoder:
         for seed, prompt in enumerate(prompts):
-            generation, seconds = decoder.time(Request(prompt, tokens, SamplingParams(temperature, seed=seed)))
+            text = TimedText(decoder, Request(prompt, tokens, SamplingParams(temperature, seed=seed)))
+            text.write()
             answer = asyncio.run(ask(address, prompt=prompt, max_tokens=tokens, temperature=temperature, seed=seed))
             behind_prompt = answer.first_s + answer.rest_s - answer.timings["prompt_ms"] / 1e3
-            for i, (n, s) in enumerate(((len(generation.tokens), seconds), (answer.tokens, behind_prompt))):
+            for i, (n, s) in enumerate(((len(text.generation.tokens), text.seconds), (answer.tokens, behind_prompt))):
                 written[i] += n
                 spent[i] += s
     rates = {name: n / s for name, n, s in zip(("generate", "http"), written, spent, strict=True)}
@@ -190,7 +193,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 @click.command()
 @click.option("--type", "kind", help="Of scale_up.py's 1 B model; without it, the bundled model.")
 @click.option("--streams", default="1,4,16", show_default=True)
-@click.option("--texts", default=2, show_default=True, help="Texts of each stream; of a single one: twice as many.")
+@click.option("--texts", default=4, show_default=True, help="Texts of each stream; of a single one: twice as many.")
 @click.option("--max_tokens", default=96, show_default=True)
 @click.option("--prompt_tokens", default=512, show_default=True, help="Of each prompt at the most.")
 @click.option("--temperature", default=0.0, show_default=True)
@@ -222,7 +225,7 @@ def main(
     prompts = [engine.model.tokenize(text).tolist()[:prompt_tokens] for text in read_prompts(PROMPTS / "python.jsonl")]
     about = {**facts(engine), "temperature": temperature, "max_tokens": max_tokens}
     about["command"] = " ".join(["python", "benchmarks/serve.py", *sys.argv[1:]])
-    with server(N_PARALLEL=str(max(numbers))) as running:
+    with server(N_PARALLEL=str(max(numbers) * (1 + cached))) as running:
         address = running.address
         if against_generate:
             about |= through_http(address, engine, prompts[:against_generate], max_tokens, temperature)
