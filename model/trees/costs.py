@@ -2,9 +2,9 @@
 
 Knows no model: the caller hands in a function that decodes one batch and says how long it took.
 
-t(n) is not monotone and is taken as it was measured. Repacked types such as Q4_0 have their fast kernel at
-multiples of 4 only, so that t(4) may lie below t(3) (1.62 and 2.28 × t(1), shared/DESIGN.md): smoothing would
-hide just the sizes that pay. Between measured sizes the curve is a straight line, hence a guess.
+t(n) is not monotone and is taken as it was measured. Repacked types such as Q4_0 have their fast kernel at multiples of
+4 only: t(4) may lie below t(3) (1.62 and 2.28 × t(1), 1 B parameters on two AVX-512 cores), and smoothing would hide
+just the sizes that pay. Between measured sizes the curve is a straight line, hence a guess.
 """
 
 from __future__ import annotations
