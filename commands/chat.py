@@ -12,7 +12,7 @@ import click
 
 from commands.common import open_decoder, open_engine, with_sampling
 from config import Settings
-from model.base.chat import Message, template_of
+from model.base.chat import CHOICES, ChatTemplate, Message, chosen_template
 from model.decoding.batching import Batch
 from model.decoding.sampling import SamplingParams
 from model.decoding.slot import STAGES, Stats
@@ -25,15 +25,20 @@ from model.serving.writing import Writing
 class Talk:
     """A conversation: what was said, and the cells that hold it, so that each turn reads only what is new.
 
-    With the GGUF's chat template; a model that has none goes on with the text as it stands.
+    template: what makes one text of it; None: the model goes on with the text as it stands.
     """
 
     def __init__(
-        self, engine: Engine, decoder: Decoder, sampling: SamplingParams, max_tokens: int, system: str
+        self,
+        engine: Engine,
+        decoder: Decoder,
+        sampling: SamplingParams,
+        max_tokens: int,
+        system: str,
+        template: ChatTemplate | None,
     ) -> None:
         self._engine, self._decoder, self._sampling, self._max_tokens = engine, decoder, sampling, max_tokens
-        has_template = "tokenizer.chat_template" in engine.file.metadata
-        self._template = template_of(engine.file.metadata) if has_template else None
+        self._template = template
         self._said: list[Message] = [{"role": "system", "content": system}] if system else []
         base = decoder.base
         self._batch = Batch(base, decoder.plan, places=1, cells=base.n_ctx, keep=engine.model.can_roll_back)
@@ -104,6 +109,12 @@ def _stage(stats: Stats, name: str, steps: int) -> str:
 @click.option("--top_k", default=0)
 @click.option("--seed", default=0)
 @click.option("--system", default="", help="Said to the model before all else.")
+@click.option(
+    "--chat_template",
+    default="auto",
+    type=click.Choice(CHOICES),
+    help="auto: the GGUF's own; without one the model goes on with the text. Or say which.",
+)
 @click.option("--profile", "profiled", is_flag=True, help="After each answer, say where the time went.")
 def chat(
     max_tokens: int,
@@ -112,13 +123,15 @@ def chat(
     top_k: int,
     seed: int,
     system: str,
+    chat_template: str,
     profiled: bool,
     **drafting: Any,
 ) -> None:
     """Chat with the model; what a draft won is green. Ctrl+C ends an answer, Ctrl+D the conversation."""
     sampling, engine = SamplingParams(temperature, top_k, top_p, seed), open_engine(Settings.load())
     with open_decoder(engine, sampling, **drafting) as decoder:
-        talk = Talk(engine, decoder, sampling, max_tokens, system)
+        template = chosen_template(engine.file.metadata, chat_template)
+        talk = Talk(engine, decoder, sampling, max_tokens, system, template)
         for line in lines():
             try:
                 with ctrl_c() as pressed, contextlib.closing(talk.answer(line)) as pieces:

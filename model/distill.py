@@ -23,7 +23,7 @@ if __name__ == "__main__":
 import click  # noqa: E402
 
 from config import Settings  # noqa: E402
-from model.base.chat import ChatTemplate, template_of  # noqa: E402
+from model.base.chat import ChatTemplate, chosen_template  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.base.llama import LlamaBase  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
@@ -55,11 +55,8 @@ def distill(options: DistillOptions) -> None:
 
     # The model: its vocabulary for both sources, its chat template where it has one.
     file = check_loads(Path(options.base_model_path or settings.model_path))
-    chat = options.chat_template == "vicuna" or (
-        options.chat_template == "auto" and "tokenizer.chat_template" in file.metadata
-    )
-    own = file.metadata if options.chat_template == "auto" else {**file.metadata, "tokenizer.chat_template": None}
-    template, max_length = template_of(own), options.length(file.context_length)
+    chosen = chosen_template(file.metadata, options.chat_template)
+    chat, template, max_length = chosen is not None, chosen or ChatTemplate(None), options.length(file.context_length)
     click.echo(f"model   {file.name} ({file.file_type}): {'chats' if chat else 'goes on with texts'}")
 
     # The prompts: of conversations the users' turns, of texts pieces to go on with.

@@ -15,6 +15,7 @@ import commands.chat as module
 from commands.chat import Talk
 from config import HEADS_FOLDER
 from main import cli
+from model.base.chat import chosen_template
 from model.decoding.generation import Request
 from model.decoding.planning import FixedPlan
 from model.decoding.sampling import SamplingParams
@@ -50,7 +51,8 @@ def test_every_answer_is_that_of_the_whole_conversation(
     """On an F32 file, where cells that were kept cannot differ from those that are read again."""
     facts = {k: v for k, v in engine.file.metadata.items() if k != "tokenizer.chat_template"}
     monkeypatch.setattr(engine.file, "metadata", facts | ({"tokenizer.chat_template": template} if template else {}))
-    talk, so_far = Talk(engine, decoder, SamplingParams(), 16, "be brief\n" if template else ""), ""
+    chosen = chosen_template(engine.file.metadata, "auto")
+    talk, so_far = Talk(engine, decoder, SamplingParams(), 16, "be brief\n" if template else "", chosen), ""
     if template:
         so_far = "<system>be brief\n\n"
     for line in TURNS:
@@ -66,8 +68,24 @@ def test_every_answer_is_that_of_the_whole_conversation(
     assert reused > 30
 
 
+@pytest.mark.parametrize(
+    ("choice", "own", "text"),
+    [
+        ("auto", "{{ messages[0].content }}!", "hi!"),
+        ("auto", None, None),
+        ("vicuna", "{{ messages[0].content }}!", "USER: hi ASSISTANT:"),
+        ("vicuna", None, "USER: hi ASSISTANT:"),
+        ("none", "{{ messages[0].content }}!", None),
+    ],
+)
+def test_whose_form_a_conversation_takes(choice: str, own: str | None, text: str | None) -> None:
+    metadata = {"tokenizer.ggml.tokens": [], **({"tokenizer.chat_template": own} if own else {})}
+    template = chosen_template(metadata, choice)
+    assert (template and template.render([{"role": "user", "content": "hi"}], prompt=True)) == text
+
+
 def test_a_conversation_that_no_longer_fits_goes_on_with_less(engine: Engine, decoder: Decoder) -> None:
-    talk = Talk(engine, decoder, SamplingParams(), 8, "")
+    talk = Talk(engine, decoder, SamplingParams(), 8, "", None)
     before = "".join(p.text for p in talk.answer("x = 1\n"))
     with pytest.raises(ContextError, match="the context 256"):
         list(talk.answer("y = 2\n" * 200))
@@ -75,7 +93,7 @@ def test_a_conversation_that_no_longer_fits_goes_on_with_less(engine: Engine, de
 
 
 def test_an_answer_that_is_stopped_leaves_the_cache_in_order(engine: Engine, decoder: Decoder) -> None:
-    talk = Talk(engine, decoder, SamplingParams(), 40, "")
+    talk = Talk(engine, decoder, SamplingParams(), 40, "", None)
     pieces = talk.answer(TURNS[0])
     begun = "".join(piece.text for piece in itertools.islice(pieces, 5))
     pieces.close()

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from model.errors import DataError
 
 _DATE = datetime.datetime(2024, 7, 26)  # what Llama 3's template takes without a clock; texts must not change daily
+CHOICES = ("auto", "vicuna", "none")  # auto: the GGUF's own, none where it has none
 Message = dict[str, str]  # "role": system, user or assistant; "content"
 
 # Vicuna 1.1, as in FastChat's conversation.py: the answer ends with the end-of-text mark.
@@ -88,6 +89,13 @@ def template_of(metadata: Mapping[str, Any]) -> ChatTemplate:
         return str(metadata["tokenizer.ggml.tokens"][number]) if isinstance(number, int) else ""
 
     return ChatTemplate(metadata.get("tokenizer.chat_template"), bos=piece("bos"), eos=piece("eos"))
+
+
+def chosen_template(metadata: Mapping[str, Any], choice: str) -> ChatTemplate | None:
+    """Return the template that one of CHOICES means for a GGUF; None: its texts are gone on with as they stand."""
+    if choice == "vicuna":
+        return template_of({**metadata, "tokenizer.chat_template": None})
+    return template_of(metadata) if choice == "auto" and metadata.get("tokenizer.chat_template") else None
 
 
 def _line(error: Exception) -> str:

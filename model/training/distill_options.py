@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from model.base.chat import CHOICES
 from model.base.gguf_file import GGUFFile
 from model.base.llama import MAX_SEQUENCES
 from model.decoding.sampling import SamplingParams
@@ -67,7 +68,7 @@ OPTIONS = (
     _option("prompt_tokens", "64-128", "Length of the pieces of texts that are to be gone on with.", callback=_lengths),
     _option(
         "chat_template", "auto", "auto: the GGUF's own; without one prompts are texts to go on with. Or say which.",
-        click.Choice(["auto", "vicuna", "none"]),
+        click.Choice(CHOICES),
     ),
     _option("loops", "cut", "cut: an answer ends where it only repeats itself.", click.Choice(["cut", "keep"])),
     _option("parallel", 32, "Prompts that the GGUF answers at once.", click.IntRange(1, MAX_SEQUENCES)),
