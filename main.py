@@ -6,7 +6,7 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would fight llama.cpp's (DESIGN: 8 times slower)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would fight llama.cpp's (README)
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")  # threads wait awake for 3 ms, as between two decodes
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 

@@ -22,12 +22,14 @@ from model.measuring.report import check_writable, chrome_trace, facts, read_pro
 @click.command()
 @prompts_option
 @with_sampling
+@click.option("--n_prompts", type=click.IntRange(1), help="Only the first so many.")
 @click.option("--runs", default=3, type=click.IntRange(1), help="Every prompt so many times each way.")
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
 @click.option("--profile", is_flag=True, help="Show where the time of a step goes.")
 @click.option("--trace", type=click.Path(path_type=Path), help="Write the first text's steps for chrome://tracing.")
 def bench(
     prompts: Path,
+    n_prompts: int | None,
     max_tokens: int,
     temperature: float,
     runs: int,
@@ -44,7 +46,8 @@ def bench(
     engine = open_engine(Settings.load())
     sampling = SamplingParams(temperature)
     requests = [
-        engine.request(p, max_tokens, sampling=replace(sampling, seed=i)) for i, p in enumerate(read_prompts(prompts))
+        engine.request(p, max_tokens, sampling=replace(sampling, seed=i))
+        for i, p in enumerate(read_prompts(prompts)[:n_prompts])
     ]
     with open_decoder(engine, sampling, **drafting) as medusa:
         [result] = compare(engine, requests, medusa, runs=runs)

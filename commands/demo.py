@@ -33,7 +33,7 @@ def demo(minutes: float, max_tokens: int, n_prompts: int, keep: bool) -> None:
 
     settings = Settings.load()
     output = HEADS_FOLDER / "demo"
-    click.echo(f"1. Training four heads for {settings.model_path.name}, about {minutes:.0f} minutes on two cores")
+    click.echo(f"1. Training four heads for {settings.model_path.name}, {minutes:g} min on two idle cores")
     result = train(
         TrainOptions(
             base_model_path=str(settings.model_path),

@@ -41,11 +41,13 @@ def generate(
     decoder = open_decoder(engine, sampling, **drafting)
     generation = decoder.start(request)
     text = []
-    for piece in generation:
-        text.append(piece)
-        if stream:
-            click.echo(piece, nl=False)
-    click.echo("" if stream else "".join(text))
+    try:
+        for piece in generation:
+            text.append(piece)
+            if stream:
+                click.echo(piece, nl=False)
+    finally:  # Ctrl-C leaves what was written
+        click.echo("" if stream else "".join(text))
     stats = generation.slot.stats
     click.echo(
         f"{len(generation.tokens)} tokens, {len(generation.tokens) / stats.seconds:.1f} tokens/s, acceptance length "

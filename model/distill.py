@@ -30,7 +30,7 @@ from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import DataError, ModelFileError  # noqa: E402
 from model.training.answers import Answer, AnswerFile  # noqa: E402
-from model.training.command import run_command  # noqa: E402
+from model.training.command import run_command, script_command  # noqa: E402
 from model.training.dialogue import Dialogue, opening  # noqa: E402
 from model.training.distill_options import OPTIONS, DistillOptions  # noqa: E402
 from model.training.documents import read_records  # noqa: E402
@@ -175,9 +175,9 @@ def report(options: DistillOptions, answers: AnswerFile, bar: Progress, file: GG
             f"        temperature {temperature:g}: {tally.answers:,} answers, {tally.tokens:,} tokens, "
             f"{tally.share_repeated:.0%} of the 8-grams repeated, {tally.loops:,} cut where they began to loop"
         )
-    script = shlex.quote(os.path.relpath(ROOT / "model" / "train_medusa.py"))
+    script = script_command(ROOT / "model" / "train_medusa.py")
     paths = f"--base_model_path {shlex.quote(str(file.path))} --dataset_name {shlex.quote(str(options.output))}"
-    click.echo(f"now     train heads on them, with\n  python {script} {paths}")
+    click.echo(f"now     train heads on them, with\n  {script} {paths}")
 
 
 def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -195,8 +195,8 @@ def main(**values: Any) -> None:
 
 def run() -> None:
     """Run the command."""
-    again = shlex.join([os.path.relpath(Path(__file__).resolve()), *sys.argv[1:]])
-    run_command(main, f"stopped; finished answers are kept, and the same command goes on:\n  python {again}")
+    again = f"{script_command(Path(__file__))} {shlex.join(sys.argv[1:])}"
+    run_command(main, f"stopped; finished answers are kept, and the same command goes on:\n  {again}")
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ from model.heads.files import base_facts, new_heads  # noqa: E402
 from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
 from model.measuring.training_curve import training_curve  # noqa: E402
 from model.training.batches import Batches  # noqa: E402
-from model.training.command import run_command  # noqa: E402
+from model.training.command import run_command, script_command  # noqa: E402
 from model.training.documents import read_documents  # noqa: E402
 from model.training.extraction import States, StreamedStates, open_base  # noqa: E402
 from model.training.options import TrainOptions  # noqa: E402
@@ -228,8 +228,7 @@ def absolute(options: TrainOptions) -> TrainOptions:
 
 def resume_command(output_dir: Path) -> str:
     """Return what to type to go on with a run."""
-    script = os.path.relpath(Path(__file__).resolve())
-    return f"python {shlex.quote(script)} --resume_from {shlex.quote(str(output_dir))}"
+    return f"{script_command(Path(__file__))} --resume_from {shlex.quote(str(output_dir))}"
 
 
 def report(result: TrainResult, base_model: str) -> None:
@@ -238,12 +237,11 @@ def report(result: TrainResult, base_model: str) -> None:
         click.echo(f"stopped after {result.steps} steps; saved in {result.latest}; to go on:")
         click.echo(f"  {resume_command(result.output_dir)}")
         return
-    main = shlex.quote(os.path.relpath(ROOT / "main.py"))
     click.echo(f"done    {result.steps} steps in {result.seconds:.0f} s; heads in {result.best}")
     click.echo(f"curves  {result.output_dir / 'training.png'}; all figures: {result.output_dir / 'metrics.jsonl'}")
     click.echo("now     measure what they bring, with")
     paths = f"MODEL_PATH={shlex.quote(base_model)} MEDUSA_WEIGHTS_PATH={shlex.quote(str(result.best))}"
-    click.echo(f"  {paths} python {main} bench")
+    click.echo(f"  {paths} {script_command(ROOT / 'main.py')} bench")
 
 
 @click.command()

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -16,7 +17,7 @@ from config import ROOT
 from main import cli
 from model.base import remember
 from model.errors import DataError
-from model.measuring.report import read_prompts
+from model.measuring.report import read_prompts, table
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +78,12 @@ def test_stop_and_draft_vocab() -> None:
 
 
 def test_bench_writes_every_figure(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("import os\n\ndef main():\n")
+    (tmp_path / "p.txt").write_text("import os\n\ndef main():\nclass Stack:\n")
     out = tmp_path / "out.json"
     done = call(
         "bench",
+        "--n_prompts",
+        "2",
         "--prompts",
         str(tmp_path / "p.txt"),
         "--max_tokens",
@@ -184,13 +187,25 @@ def test_a_model_that_is_not_ours(
     assert verified.exit_code == 0, verified.output
 
 
+def test_what_a_table_of_figures_is_not_silent_about() -> None:
+    steady: dict[str, Any] = {
+        "temperature": 0.0, "plain": {"tokens_per_s": 10.0}, "medusa": {"tokens_per_s": 15.0}, "speedup": 1.5,
+        "speedup_by_run": [1.5, 1.4], "acceptance_length": 2.0, "tree_nodes": 4.0, "equal_sequences": 2, "sequences": 2,
+        "repeated_8grams": 0.1,
+    }  # fmt: skip
+    assert len(table([steady]).splitlines()) == 2
+    assert "speedups of 0.50 to 2.00" in table([{**steady, "speedup_by_run": [0.5, 2.0]}])
+    assert "near-tie" in table([steady, {**steady, "equal_sequences": 1}])
+
+
 def test_prompt_files(tmp_path: Path) -> None:
     file = tmp_path / "p.jsonl"
     file.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
     assert read_prompts(file) == ["a", "b"]
-    file.write_text('{"text": "a"}\n')
-    with pytest.raises(DataError, match=r"p\.jsonl"):
-        read_prompts(file)
+    for wrong in ('{"text": "a"}', '{"prompt": "a', "[]"):
+        file.write_text(f'{{"prompt": "a"}}\n\n{wrong}\n')
+        with pytest.raises(DataError, match=r"p\.jsonl:3: is no object"):
+            read_prompts(file)
     file.write_text("")
     with pytest.raises(DataError, match="no prompts"):
         read_prompts(file)

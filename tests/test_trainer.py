@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from model.errors import DataError, UsageError
+from model.errors import DataError, OutputError, UsageError
 from model.heads.hydra import HydraHeads
 from model.heads.medusa import HeadsConfig, MedusaHeads
 from model.training import trainer as trainer_module
@@ -281,6 +282,15 @@ def test_another_run_cannot_be_resumed(tmp_path: Path) -> None:
         other.resume(tmp_path)
     with pytest.raises(UsageError, match="no run to go on with"):
         other.resume(tmp_path / "nowhere")
+
+
+def test_a_run_whose_heads_will_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, usage = build(tmp_path), shutil.disk_usage(tmp_path)
+    heads = 4 * sum(p.numel() for p in run.parameters.values())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=heads * (run.options.epochs + 8)))
+    with pytest.raises(OutputError, match=r"medusa_heads_latest: .* are needed"):
+        run.fit()
+    assert not list(tmp_path.iterdir())
 
 
 def test_no_usable_states(tmp_path: Path) -> None:

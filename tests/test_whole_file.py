@@ -11,6 +11,7 @@ import pytest
 
 from model.base.whole_file import whole_file
 from model.errors import OutputError
+from model.measuring.report import check_writable
 
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
@@ -30,6 +31,18 @@ def test_a_file_is_replaced_whole_or_stays(tmp_path: Path) -> None:
         fail(OSError(28, "No space left on device"))
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["x.json"]
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    """Such as /dev/null, which root could rename a file onto."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for path in (pipe, tmp_path):
+        with pytest.raises(OutputError, match="no ordinary file"), whole_file(path) as draft:
+            draft.touch()
+        with pytest.raises(OutputError, match="no ordinary file"):
+            check_writable(path)
+    assert pipe.is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 
 
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:

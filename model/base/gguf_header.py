@@ -136,7 +136,7 @@ def _read(path: Path, parse: Callable[[_Cursor], T]) -> T:
     except IsADirectoryError:
         raise ModelFileError(f"{path}: this is a folder; name a .gguf file in it") from None
     except FileNotFoundError:
-        raise ModelFileError(f"{path}: no such file; set MODEL_PATH to a GGUF file") from None
+        raise ModelFileError(f"{path}: no such file; name a GGUF file (MODEL_PATH, or --base_model_path)") from None
     except OSError as error:
         raise ModelFileError(f"{path}: cannot be read ({error.strerror})") from None
     except (_Damaged, MemoryError, ValueError) as error:

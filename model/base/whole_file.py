@@ -20,9 +20,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     """Give a name to write to; that file takes the place of `path` when all went well, and vanishes otherwise.
 
     Makes the folder where it is missing, and removes what killed processes left of the same file. Raises OutputError
-    when something cannot be written.
+    when something cannot be written, or must not be replaced.
     """
     draft = path.with_name(f".{path.name}.{os.getpid()}")
+    require_ordinary(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_left_behind(path)
@@ -56,9 +57,21 @@ def _lives(pid: int) -> bool:
     return True
 
 
+def require_ordinary(path: Path) -> None:
+    """Raise OutputError where something stands that a file must not replace, such as /dev/null or a folder."""
+    if os.path.lexists(path) and not path.is_file():
+        raise OutputError(f"{path}: cannot be written, it is no ordinary file; name another one")
+
+
+def human_size(n_bytes: float) -> str:
+    """Return a number of bytes as a reader likes it."""
+    unit, by = next((u, b) for u, b in (("GB", 1e9), ("MB", 1e6), ("KB", 1.0e3)) if n_bytes >= b or u == "KB")
+    return f"{n_bytes / by:.{2 if unit == 'GB' else 1}f} {unit}"
+
+
 def require_room(path: Path, n_bytes: int) -> None:
     """Raise OutputError where the disk that `path` is to lie on has fewer bytes free; its folder may not exist yet."""
     folder = next((f for f in path.absolute().parents if f.is_dir()), None)
     if folder is not None and (free := shutil.disk_usage(folder).free) < n_bytes:
-        need = f"{n_bytes / 1e9:.2f} GB are needed, {free / 1e9:.2f} GB are free"
+        need = f"{human_size(n_bytes)} are needed, {human_size(free)} are free"
         raise OutputError(f"{path}: {need}; choose another folder or make room")

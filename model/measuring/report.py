@@ -11,33 +11,43 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from model.base.whole_file import whole_file
+from model.base.whole_file import require_ordinary, whole_file
 from model.decoding.slot import STAGES
 from model.engine import Engine
 from model.errors import DataError, OutputError
+
+UNSTEADY = 1.3  # times as fast in one run as in another: then something is said
 
 
 def read_prompts(path: Path) -> list[str]:
     """Read prompts: .txt has one per line, .jsonl an object with "prompt" (or MT-bench's "turns") per line."""
     try:
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read as prompts ({error})") from None
-    prompts = lines
-    if path.suffix == ".jsonl":
+    prompts = list[str]()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         try:
-            rows = [json.loads(line) for line in lines]
-            prompts = [str(row["prompt"] if "prompt" in row else row["turns"][0]) for row in rows]
-        except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
-            raise DataError(f'{path}: every line must be an object with "prompt" or "turns" ({error!r})') from None
+            prompts.append(_prompt_of(json.loads(line)) if path.suffix == ".jsonl" else line)
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            raise DataError(f'{path}:{number}: is no object with "prompt" or "turns"') from None
     if not prompts:
         raise DataError(f"{path}: holds no prompts")
     return prompts
 
 
+def _prompt_of(row: Any) -> str:
+    return str(row["prompt"] if "prompt" in row else row["turns"][0])
+
+
 def check_writable(path: Path | None) -> None:
     """Raise OutputError now rather than after the work, when a result can't be written."""
-    if path is not None and not (path.parent.is_dir() and os.access(path.parent, os.W_OK) and not path.is_dir()):
+    if path is None:
+        return
+    require_ordinary(path)
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise OutputError(f"{path}: cannot be written; name a file in a folder that exists and may be written to")
 
 
@@ -106,5 +116,13 @@ def table(results: list[dict[str, Any]]) -> str:
             f"{r['temperature']:11.1f}  {r['plain']['tokens_per_s']:11.1f}  {r['medusa']['tokens_per_s']:12.1f}  "
             f"{r['speedup']:6.2f}x  {r['acceptance_length']:17.2f}  {shape:11}  "
             f"{r['equal_sequences']:4d}/{r['sequences']:<4d}  {r['repeated_8grams']:15.0%}"
+        )
+    runs = [r["speedup_by_run"] for r in results]
+    if any(max(ratios) > UNSTEADY * min(ratios) for ratios in runs):
+        spans = ", ".join(f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in runs)
+        lines.append(f"The runs differ (speedups of {spans}): was the machine busy with something else?")
+    if any(r["equal_sequences"] < r["sequences"] for r in results):
+        lines.append(
+            "A text that is not the same parts at a near-tie, where the shape of a batch decides (`main.py verify`)."
         )
     return "\n".join(lines)

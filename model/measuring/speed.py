@@ -130,11 +130,12 @@ def _in_turn(decoders: Sequence[Decoder], requests: Sequence[Request], runs: int
 def _figures(engine: Engine, requests: Sequence[Request], plain: _Measured, way: _Measured) -> dict[str, Any]:
     stats, texts = way.stats, [(p.tokens, w.tokens) for p, w in zip(plain.texts, way.texts, strict=True)]
     divergences = find_divergences(plain.decoder, plain.texts, way.texts, requests)
-    micro = 1e6 / max(stats.steps, 1)
+    ratios, micro = [w / p for p, w in zip(plain.rates, way.rates, strict=True)], 1e6 / max(stats.steps, 1)
     return {
         "plain": {"tokens_per_s": median(plain.rates)},
         "medusa": {"tokens_per_s": median(way.rates)},
-        "speedup": median(w / p for p, w in zip(plain.rates, way.rates, strict=True)),
+        "speedup": median(ratios),
+        "speedup_by_run": ratios,
         "acceptance_length": stats.acceptance_length,
         "acceptance_rate_per_depth": [a / d for a, d in zip(stats.accepted, stats.drafted, strict=True)],
         "branch_accepted": stats.branch_accepted / max(stats.branch_drafted, 1),

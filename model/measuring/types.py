@@ -15,6 +15,7 @@ from typing import Any
 from model.base.cutting import cut_layers, layers_alike
 from model.base.gguf_file import requantize
 from model.base.quantizer import file_type, tensor_type
+from model.base.whole_file import human_size
 from model.engine import Engine
 from model.errors import ModelFileError, OutputError, UsageError
 from model.measuring.copies import Seconds, layers_timed, reckon, reckon_size, time_files
@@ -169,7 +170,7 @@ def table(rows: Sequence[TypeRow]) -> str:
     lines = [f"{'type':{width}}       size  plain tok/s  t(4)/t(1)  best tree                speedup  expected tok/s"]
     for row in rows:
         lines.append(
-            f"{row.name:{width}}  {_size(row.size):>9}  {row.plain_tokens_per_s:11.1f}  {row.ratio_4:9.2f}  "
+            f"{row.name:{width}}  {human_size(row.size):>9}  {row.plain_tokens_per_s:11.1f}  {row.ratio_4:9.2f}  "
             f"{describe_tree(row.best):23}  {row.best.speedup:6.2f}x  {row.best.tokens_per_s:14.1f}"
         )
     return "\n".join([*lines, *_advice(rows)])
@@ -193,7 +194,3 @@ def _advice(rows: Sequence[TypeRow]) -> list[str]:
     output = f" --output_type {winner.output_type.lower()}" if winner.output_type else ""
     command = f"python main.py requantize --type {winner.kind.lower()}{output} OUT.gguf"
     return [*lines, f"Expected {gain:.2f} times as fast as this file with its best tree: {command}"]
-
-
-def _size(n_bytes: int) -> str:
-    return f"{n_bytes / 1e9:.2f} GB" if n_bytes >= 1e9 else f"{n_bytes / 1e6:.1f} MB"

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import click
 
 from model.errors import MedusaError
+
+
+def script_command(script: Path) -> str:
+    """Return what to type to run a script with this interpreter, from any folder."""
+    return f"{shlex.quote(sys.executable or 'python')} {shlex.quote(str(script.resolve()))}"
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -156,6 +157,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
 def _hugging_face(name: str, split: str) -> Iterator[tuple[str, Any]]:
     import datasets
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each try; the error below says it once
     try:
         data = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises dozens of types: network, names, splits, scripts

@@ -45,10 +45,15 @@ class Record:
         loss, accuracy = figure.subplots(1, 2)
         train = [line for line in self.lines if line["kind"] == "train"]
         checks = [line for line in self.lines if line["kind"] == "validation"]
-        loss.plot([line["step"] for line in train], [line["loss"] for line in train], label="training", linewidth=1)
+        loss.plot(
+            [line["step"] for line in train],
+            [line["loss"] for line in train],
+            label="training (what --loss teaches)",
+            linewidth=1,
+        )
         if checks:
             steps = [line["step"] for line in checks]
-            loss.plot(steps, [line["loss"] for line in checks], "o-", label="validation")
+            loss.plot(steps, [line["loss"] for line in checks], "o-", label="validation (cross-entropy)")
             for k in range(len(checks[0]["top1"])):
                 color = f"C{k % 10}"
                 accuracy.plot(steps, [c["top1"][k] for c in checks], "o-", color=color, label=f"head {k + 1}")

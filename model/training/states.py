@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from model.base.whole_file import whole_file
+from model.base.whole_file import human_size, whole_file
 from model.errors import DataError, OutputError
 from model.training.extraction import StateBase, decode_states
 from model.training.ranks import ALONE, Ranks
@@ -91,10 +91,10 @@ def require_room(folder: Path, n_bytes: int) -> None:
     there = sum(path.stat().st_size for path in folder.glob("states-*.safetensors")) if folder.is_dir() else 0
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     free = shutil.disk_usage(parent).free
-    click.echo(f"states take {n_bytes / 1e9:.2f} GB in {folder} ({free / 1e9:.1f} GB free, {there / 1e9:.2f} GB there)")
+    click.echo(f"states take {human_size(n_bytes)} in {folder} ({human_size(free)} free, {human_size(there)} there)")
     if n_bytes - there > free:
         raise OutputError(
-            f"{folder}: states need {(n_bytes - there) / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
+            f"{folder}: states need {human_size(n_bytes - there)}, {human_size(free)} are free; "
             "use --cache_dtype fp8, --cache off, --max_tokens or another --cache_dir"
         )
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from model.base.whole_file import require_room
 from model.errors import DataError
 from model.heads.files import save_heads, whole_folder, write_heads
 from model.heads.medusa import MedusaHeads
@@ -103,9 +104,11 @@ class Trainer:
     def fit(self) -> TrainResult:
         """Train until all epochs are done or someone asks to stop; `latest` is saved in either case.
 
-        Raises DataError where another process of the run is gone; `latest` is saved then, too.
+        Raises DataError where another process of the run is gone; `latest` is saved then, too. OutputError: no room.
         """
         start = time.monotonic()
+        if self.ranks.first:
+            self._require_room()
         record = Record(self.output_dir, self.progress.step, self.options.report_to) if self.ranks.first else None
         try:
             with stop_on_request() as stop, contextlib.closing(record) if record else contextlib.nullcontext():
@@ -118,6 +121,14 @@ class Trainer:
             self.output_dir, self.best, self.latest, not self.finished, self.progress.step, evaluations,
             time.monotonic() - start,
         )  # fmt: skip
+
+    def _require_room(self) -> None:
+        """Raise OutputError where the disk has no room for what the run will write: better now than after an epoch."""
+        heads = 4 * sum(p.numel() for p in self.parameters.values())  # bytes, in f32
+        left, latest = self.options.epochs - self.progress.epoch, 4 * heads  # with weights and moments of the optimiser
+        require_room(
+            self.latest, heads * (left + 2) + 2 * latest
+        )  # what is replaced stays until its successor is there
 
     def _epochs(self, record: Record | None, stop: threading.Event) -> list[Evaluation]:
         evaluations = list[Evaluation]()
