@@ -37,10 +37,10 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     """Such as /dev/null, which root could rename a file onto."""
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    for path in (pipe, tmp_path):
-        with pytest.raises(OutputError, match="no ordinary file"), whole_file(path) as draft:
+    for path, what in ((pipe, "no ordinary file"), (tmp_path, "a folder")):
+        with pytest.raises(OutputError, match=what), whole_file(path) as draft:
             draft.touch()
-        with pytest.raises(OutputError, match="no ordinary file"):
+        with pytest.raises(OutputError, match=what):
             check_writable(path)
     assert pipe.is_fifo() and [p.name for p in tmp_path.iterdir()] == ["pipe"]
 

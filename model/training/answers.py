@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from model.base.chat import Message
-from model.base.whole_file import whole_file
+from model.base.whole_file import require_ordinary, whole_file
 from model.decoding.loops import GRAM, count_repeats
 from model.errors import DataError, OutputError
 from model.training.storage import WriterLock, require_writable
@@ -79,8 +79,7 @@ class AnswerFile:
     by_temperature: dict[float, Tally] = field(default_factory=lambda: defaultdict(Tally))
 
     def __enter__(self) -> AnswerFile:
-        if self.path.is_dir():
-            raise OutputError(f"{self.path}: is a folder; name a file")
+        require_ordinary(self.path)
         require_writable(self.path.parent)
         with contextlib.ExitStack() as opened:
             opened.enter_context(WriterLock(self._folder))

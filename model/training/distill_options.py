@@ -14,7 +14,6 @@ import click
 from model.base.chat import CHOICES
 from model.base.gguf_file import GGUFFile
 from model.base.llama import MAX_SEQUENCES
-from model.base.whole_file import require_ordinary
 from model.decoding.sampling import SamplingParams
 from model.errors import UsageError
 from model.training.dialogue import LEAST_ROOM, prompt_seed
@@ -111,8 +110,7 @@ class DistillOptions:
         return SamplingParams(temperature, top_p=self.top_p, seed=prompt_seed(self.seed, prompt.id, turn))
 
     def check(self) -> None:
-        """Raise UsageError for temperatures and shares that cannot be sampled with, OutputError for the output."""
-        require_ordinary(self.output)
+        """Raise UsageError for temperatures and shares that cannot be sampled with."""
         for temperature in self.temperature:
             SamplingParams(temperature, top_p=self.top_p)
 
