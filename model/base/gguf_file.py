@@ -20,8 +20,8 @@ import numpy.typing as npt
 from model.base.gguf_header import read_header
 from model.base.quantizer import TYPES, block_size, file_type, n_bytes, quantize, tensor_type
 from model.base.remember import recall, remember
-from model.base.whole_file import require_room, whole_file
-from model.errors import ModelFileError, OutputError, UsageError
+from model.base.whole_file import require_ordinary, require_room, whole_file
+from model.errors import ModelFileError, UsageError
 
 Float32Array = npt.NDArray[np.float32]
 
@@ -196,8 +196,7 @@ def requantize(source: Path, target: Path, kind: str, output_type: str | None = 
 
 
 def require_other_file(source: GGUFFile, target: Path) -> None:
-    """Raise UsageError where writing `target` would destroy the source, OutputError where it is a folder."""
-    if target.is_dir():
-        raise OutputError(f"{target}: this is a folder; name a file in it")
+    """Raise UsageError where writing `target` would destroy the source, OutputError where it is no place for a file."""
+    require_ordinary(target)
     if target.exists() and any(target.samefile(path) for path in source.paths):
         raise UsageError(f"{target}: this is the file that is read; write to another")

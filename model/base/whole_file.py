@@ -59,9 +59,10 @@ def _lives(pid: int) -> bool:
 
 def require_ordinary(path: Path) -> None:
     """Raise OutputError where something stands that a file must not replace, such as /dev/null or a folder."""
+    if path.is_dir():
+        raise OutputError(f"{path}: this is a folder; name a file in it")
     if os.path.lexists(path) and not path.is_file():
-        what = "a folder; name a file in it" if path.is_dir() else "no ordinary file; name another one"
-        raise OutputError(f"{path}: cannot be written, it is {what}")
+        raise OutputError(f"{path}: this is no ordinary file; name another one")
 
 
 def human_size(n_bytes: float) -> str:

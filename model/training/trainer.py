@@ -126,9 +126,8 @@ class Trainer:
         """Raise OutputError where the disk has no room for what the run will write: better now than after an epoch."""
         heads = 4 * sum(p.numel() for p in self.parameters.values())  # bytes, in f32
         left, latest = self.options.epochs - self.progress.epoch, 4 * heads  # with weights and moments of the optimiser
-        require_room(
-            self.latest, heads * (left + 2) + 2 * latest
-        )  # what is replaced stays until its successor is there
+        # `best` and `latest` twice: what is replaced stays until its successor is there.
+        require_room(self.latest, heads * (left + 2) + 2 * latest)
 
     def _epochs(self, record: Record | None, stop: threading.Event) -> list[Evaluation]:
         evaluations = list[Evaluation]()
