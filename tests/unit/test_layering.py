@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENTRY_POINTS = ("main", "model.train_medusa", "model.distill")
 BELOW = {  # what each room of model/ may import, besides itself
     "errors": set[str](),

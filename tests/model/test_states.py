@@ -202,7 +202,7 @@ def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
     code = textwrap.dedent(
         f"""
         import sys, time
-        sys.path[:0] = {[str(Path(__file__).parent), str(Path(__file__).parents[1])]!r}
+        sys.path[:0] = {[str(Path(__file__).parents[n]) for n in (0, 1, 2)]!r}
         from test_states import KEY, make, LENGTHS
         from model.base.llama_model import LlamaModel
         from model.training import states

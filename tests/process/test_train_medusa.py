@@ -33,7 +33,7 @@ from model.training.options import TrainOptions, read_config
 from model.training.output_folder import choose_output_dir, default_output_dir
 from model.training.storage import WriterLock
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "--k_heads",
     "2",

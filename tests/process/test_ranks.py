@@ -20,7 +20,7 @@ from model.train_medusa import main
 from model.training.checkpoints import read_run
 from model.training.ranks import ALONE, Ranks, ranks_asked_for
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

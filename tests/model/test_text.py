@@ -223,7 +223,7 @@ def test_digest_sees_tokens_masks_and_borders() -> None:
 
 
 def test_demo_text_leaves_held_out_files_alone() -> None:
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     names = [d.name for d in standard_library()]
     assert len(names) > 500
     assert not any(held_out(name) for name in names)

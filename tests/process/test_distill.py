@@ -30,7 +30,7 @@ from model.training.dialogue import prompt_seed
 from model.training.distill_options import DistillOptions
 from model.training.endpoint import Endpoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--max_new_tokens", "24", "--parallel", "4", "--prompt_tokens", "8-20"]
 PROMPTS: list[Any] = [
     *({"prompt": f"def f{i}(x):\n    return"} for i in range(6)),
