@@ -1,4 +1,4 @@
-"""Chat templates: turns a conversation into text, and says which parts of it the assistant wrote.
+"""Chat templates: a conversation as text, and which parts of it the assistant wrote.
 
 Runs the GGUF's own Jinja template in a sandbox, or Vicuna's format where there is none.
 Knows nothing of tokens.
@@ -14,16 +14,18 @@ from typing import Any, NoReturn
 import jinja2
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from model.errors import DataError
+from model.errors import DataError, one_line
 
-_DATE = datetime.datetime(2024, 7, 26)  # what Llama 3's template takes without a clock; texts must not change daily
+# The date that Llama 3's template takes without a clock; texts must not change daily.
+_DATE = datetime.datetime(2024, 7, 26)
 CHOICES = ("auto", "vicuna", "none")  # auto: the GGUF's own, none where it has none
 Message = dict[str, str]  # "role": system, user or assistant; "content"
 
 # Vicuna 1.1, as in FastChat's conversation.py: the answer ends with the end-of-text mark.
 VICUNA = (
     "{% for m in messages %}"
-    "{% if m.role == 'system' %}{{ m.content }} {% elif m.role == 'user' %}USER: {{ m.content }} "
+    "{% if m.role == 'system' %}{{ m.content }} "
+    "{% elif m.role == 'user' %}USER: {{ m.content }} "
     "{% else %}ASSISTANT: {{ m.content }}{{ eos_token }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}"
 )
@@ -42,7 +44,11 @@ def _raise(message: str) -> NoReturn:
 
 
 class ChatTemplate:
-    """A compiled chat template."""
+    """A compiled chat template.
+
+    source: Jinja; None or empty: Vicuna's. bos, eos: the texts that it writes for these tokens.
+    Raises DataError where the source is damaged.
+    """
 
     def __init__(self, source: str | None, *, bos: str = "", eos: str = "") -> None:
         environment = ImmutableSandboxedEnvironment(
@@ -50,18 +56,25 @@ class ChatTemplate:
         )
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _DATE.strftime
-        self._marks: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
+        self._special: dict[str, Any] = {"bos_token": bos, "eos_token": eos}
         try:
             self._template = environment.from_string(source or VICUNA)
         except Exception as error:  # Jinja lets some of Python's through, such as RecursionError
-            raise DataError(f"the model's chat template is damaged: {_line(error)}") from error
+            raise DataError(f"the model's chat template is damaged: {one_line(error)}") from error
 
     def render(self, messages: list[Message], *, prompt: bool) -> str:
-        """Return the conversation as text, `prompt` with the mark after which the assistant answers."""
+        """Return the conversation as text, `prompt` with what the assistant's answer follows.
+
+        Raises DataError where the template refuses it.
+        """
         try:
-            return self._template.render(messages=messages, add_generation_prompt=prompt, **self._marks)
-        except Exception as error:  # whatever its expressions raise: ZeroDivisionError, OverflowError …
-            raise DataError(f"the model's chat template refuses a conversation: {_line(error)}") from error
+            return self._template.render(
+                messages=messages, add_generation_prompt=prompt, **self._special
+            )
+        except Exception as error:  # whatever its expressions raise, such as ZeroDivisionError
+            raise DataError(
+                f"the model's chat template refuses a conversation: {one_line(error)}"
+            ) from error
 
     def segments(self, messages: list[Message]) -> list[Segment]:
         """Cut a rendered conversation into prompts and answers, in turn.
@@ -73,11 +86,13 @@ class ChatTemplate:
         for i, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            asked, full = self.render(messages[:i], prompt=True), self.render(messages[: i + 1], prompt=False)
-            if not (asked.startswith(done) and full.startswith(asked)):
+            asked = self.render(messages[:i], prompt=True)
+            answered = self.render(messages[: i + 1], prompt=False)
+            if not asked.startswith(done) or not answered.startswith(asked):
                 break
-            parts += [Segment(asked[len(done) :], False), Segment(full[len(asked) :], True)]
-            done = full
+            parts.append(Segment(asked[len(done) :], False))
+            parts.append(Segment(answered[len(asked) :], True))
+            done = answered
         return [part for part in parts if part.text]
 
 
@@ -85,18 +100,22 @@ def template_of(metadata: Mapping[str, Any]) -> ChatTemplate:
     """Return the chat template that a GGUF's metadata holds, or Vicuna's."""
 
     def piece(kind: str) -> str:
-        number = metadata.get(f"tokenizer.ggml.{kind}_token_id")
-        return str(metadata["tokenizer.ggml.tokens"][number]) if isinstance(number, int) else ""
+        token = metadata.get(f"tokenizer.ggml.{kind}_token_id")
+        if not isinstance(token, int):
+            return ""
+        return str(metadata["tokenizer.ggml.tokens"][token])
 
-    return ChatTemplate(metadata.get("tokenizer.chat_template"), bos=piece("bos"), eos=piece("eos"))
+    source = metadata.get("tokenizer.chat_template")
+    return ChatTemplate(source, bos=piece("bos"), eos=piece("eos"))
 
 
 def chosen_template(metadata: Mapping[str, Any], choice: str) -> ChatTemplate | None:
-    """Return the template that one of CHOICES means for a GGUF; None: its texts are gone on with as they stand."""
+    """Return the template that one of CHOICES means for a GGUF.
+
+    None: the model goes on with the messages' contents as they are.
+    """
     if choice == "vicuna":
         return template_of({**metadata, "tokenizer.chat_template": None})
-    return template_of(metadata) if choice == "auto" and metadata.get("tokenizer.chat_template") else None
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    if choice == "auto" and metadata.get("tokenizer.chat_template"):
+        return template_of(metadata)
+    return None

@@ -1,7 +1,7 @@
-"""Grammars that a text must keep to: llama.cpp's GBNF, and JSON schemas turned into it. Knows no sampling.
+"""Grammars that a sequence must keep to: llama.cpp's GBNF, and JSON schemas turned into it.
 
-llama.cpp's C++ exceptions would end the process: it is asked only what it can answer, and nothing that it does not
-allow is ever accepted.
+llama.cpp's C++ exceptions would end the process: it is asked only what it can answer, and nothing
+that it does not allow is ever accepted. Knows no sampling.
 """
 
 from __future__ import annotations
@@ -21,47 +21,56 @@ import numpy as np
 import numpy.typing as npt
 
 from model.base.llama_model import LlamaModel
-from model.errors import UsageError
+from model.errors import UsageError, one_line
 
 Float32Array = npt.NDArray[np.float32]
-_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
-LONGEST, DEEPEST = 100_000, 100  # characters of a grammar, and parentheses within each other: llama.cpp recurses
-MOST_COPIES = 2_000_000  # characters of literals, times how often each is to stand: llama.cpp writes them all down
-LONGEST_SCHEMA, MOST_OF_ANY = 32_768, 2_000  # characters of a schema; lengths and counts in it
-# A comment, a literal (to the end where nothing closes it) with its repetition, a parenthesis: found in one pass.
+# llama_token_data
+_DATA = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])
+LONGEST = 100_000  # characters of a grammar
+DEEPEST = 100  # parentheses within each other: llama.cpp recurses
+# Characters of literals, times how often each is repeated: llama.cpp writes them all down.
+MOST_COPIES = 2_000_000
+LONGEST_SCHEMA = 32_768  # characters of a schema
+MOST_OF_ANY = 2_000  # the largest length or count in a schema
+_LIMITS = ("minLength", "maxLength", "minItems", "maxItems")  # keys of a schema
+# A comment, a literal (to the end where nothing closes it) with its repetition, a parenthesis:
+# found in one pass.
 _PIECE = re.compile(
     r'#[^\n]*|(?P<literal>"(?:[^"\\]|\\.)*"?|\[(?:[^\]\\]|\\.)*\]?)'
     r"(?:\s{0,9}\{\s{0,9}(?P<least>\d{1,9})\s{0,9},?\s{0,9}(?P<most>\d{0,9})\s{0,9}\})?|[()]",
     re.DOTALL,
 )
+_REPETITION = re.compile(r"\{[^}]*?(\d+)\s*\}")  # in a schema's pattern
 log = logging.getLogger(__name__)
 ANY_OBJECT = {"type": "object"}
 
 
 class GbnfGrammar:
-    """One text's place in a grammar; a `Grammar` of `model/decoding/sampling.py`. Raises UsageError for bad GBNF."""
+    """The state of a grammar behind one sequence; a `Grammar` of `model/decoding/sampling.py`.
+
+    Raises UsageError for bad GBNF.
+    """
 
     def __init__(self, model: LlamaModel, gbnf: str) -> None:
-        if len(gbnf) > LONGEST:
-            raise UsageError(f"the grammar has {len(gbnf)} characters; {LONGEST} at the most")
-        depth, copies = _measure(gbnf)
-        if depth > DEEPEST:
-            raise UsageError(f"the grammar has more than {DEEPEST} parentheses within each other")
-        if copies > MOST_COPIES:
-            raise UsageError(f"the grammar's repetitions make {copies} characters; {MOST_COPIES} at the most")
-        if "\0" in gbnf:
-            raise UsageError("the grammar holds a character of code 0")
-        self._eog, text = model.eog, gbnf.encode(errors="replace")
+        _check_gbnf(gbnf)
+        self._eog = model.eog
+        data = gbnf.encode(errors="replace")
         with _quiet():
-            self._sampler: Any = llama_cpp.llama_sampler_init_grammar(model._vocab, text, b"root")
+            self._sampler: Any = llama_cpp.llama_sampler_init_grammar(model._vocab, data, b"root")
         if not self._sampler:
-            raise UsageError("the grammar is no GBNF with a rule named root; LOG_LEVEL=DEBUG shows llama.cpp's reasons")
+            raise UsageError(
+                "the grammar is no GBNF with a rule named root; LOG_LEVEL=DEBUG shows llama.cpp's "
+                "reasons"
+            )
         self._ended = False
 
     def _apply(self, data: npt.NDArray[Any]) -> None:
+        """Set the logits of tokens that must not come next to minus infinity."""
         array: Any = llama_cpp.llama_token_data_array()
         array.data = data.ctypes.data_as(llama_cpp.llama_cpp.llama_token_data_p)
-        array.size, array.selected, array.sorted = len(data), -1, False
+        array.size = len(data)
+        array.selected = -1
+        array.sorted = False
         llama_cpp.llama_sampler_apply(self._sampler, ctypes.byref(array))
 
     def allows(self, token: int) -> bool:
@@ -75,18 +84,21 @@ class GbnfGrammar:
     def masked(self, logits: Float32Array) -> Float32Array:
         """Return a copy of logits (V,), minus infinity where a token must not come next.
 
-        Where the vocabulary has nothing that the grammar allows, the text may only end.
+        Where the vocabulary has nothing that the grammar allows, the sequence may only end.
         """
-        data = np.zeros(len(logits), _DATA)
-        data["id"], data["logit"] = np.arange(len(logits)), logits
         if not self._ended:
+            data = np.zeros(len(logits), _DATA)
+            data["id"] = np.arange(len(logits))
+            data["logit"] = logits
             self._apply(data)
-        out: Float32Array = data["logit"].copy()
-        if self._ended or not np.isfinite(out).any():
+            allowed: Float32Array = data["logit"].copy()
+            if np.isfinite(allowed).any():
+                return allowed
             self._ended = True
-            out = np.full(len(logits), -np.inf, np.float32)
-            out[list(self._eog)] = logits[list(self._eog)]
-        return out
+        end = list(self._eog)
+        only_end = np.full(len(logits), -np.inf, np.float32)
+        only_end[end] = logits[end]
+        return only_end
 
     def take(self, token: int) -> None:
         """Go on behind a token, which must be allowed."""
@@ -101,42 +113,68 @@ class GbnfGrammar:
             self._sampler = None
 
 
+def _check_gbnf(gbnf: str) -> None:
+    """Raise UsageError for what would stop llama.cpp, or the process."""
+    if len(gbnf) > LONGEST:
+        raise UsageError(f"the grammar has {len(gbnf)} characters; {LONGEST} at the most")
+    depth, copies = _measure(gbnf)
+    if depth > DEEPEST:
+        raise UsageError(f"the grammar has more than {DEEPEST} parentheses within each other")
+    if copies > MOST_COPIES:
+        raise UsageError(
+            f"the grammar's repetitions make {copies} characters; {MOST_COPIES} at the most"
+        )
+    if "\0" in gbnf:
+        raise UsageError("the grammar holds a character of code 0")
+
+
 def _measure(gbnf: str) -> tuple[int, int]:
-    """Return how many parentheses are open at once at the most, and the characters of all literals, written out."""
-    deepest = depth = copies = 0
+    """Return how many parentheses are open at once at the most, and the characters of literals.
+
+    The literals as llama.cpp writes them down, with their repetitions.
+    """
+    depth = 0
+    deepest = 0
+    copies = 0
     for piece in _PIECE.finditer(gbnf):
-        sign = piece.group()
-        depth += (sign == "(") - (sign == ")")
+        if piece.group() == "(":
+            depth += 1
+        elif piece.group() == ")":
+            depth -= 1
         deepest = max(deepest, depth)
-        if literal := piece["literal"]:
+        literal = piece["literal"]
+        if literal:
             copies += len(literal) * int(piece["most"] or piece["least"] or 1)
     return deepest, copies
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what llama.cpp prints of a client's grammar out of the terminal, unless LOG_LEVEL is DEBUG."""
+    """Keep llama.cpp's words about a client's grammar off the terminal, unless LOG_LEVEL=DEBUG."""
     if log.isEnabledFor(logging.DEBUG):
         yield
         return
-    kept = os.dup(2)
+    stderr = os.dup(2)
     try:
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(kept)
+        os.dup2(stderr, 2)
+        os.close(stderr)
 
 
 def schema_to_gbnf(schema: dict[str, Any]) -> str:
-    """Return the grammar of JSON that a schema describes, an empty one: of any object. Raises UsageError."""
+    """Return the grammar of JSON that a schema describes, an empty one: of any object.
+
+    Raises UsageError for a schema that is too large or cannot be turned into a grammar.
+    """
     _check_counts(schema)
     try:
         return str(converter.json_schema_to_gbnf(json.dumps(schema or ANY_OBJECT)))
     except Exception as error:  # the converter raises whatever its dictionaries do
-        told = " ".join(str(error).split())[:200]
-        raise UsageError(f"this JSON schema cannot be turned into a grammar: {type(error).__name__} {told}") from error
+        reason = f"{type(error).__name__} {one_line(error)}"
+        raise UsageError(f"this JSON schema cannot be turned into a grammar: {reason}") from error
 
 
 def _check_counts(schema: dict[str, Any]) -> None:
@@ -146,15 +184,23 @@ def _check_counts(schema: dict[str, Any]) -> None:
     waiting: list[Any] = [schema]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, dict):
-            for key in ("minLength", "maxLength", "minItems", "maxItems"):
-                if isinstance(node.get(key), int | float) and node[key] > MOST_OF_ANY:
-                    raise UsageError(f"the JSON schema's {key} is {node[key]}; {MOST_OF_ANY} at the most")
-            pattern, copies = node.get("pattern"), 1
-            for number in re.findall(r"\{[^}]*?(\d+)\s*\}", pattern) if isinstance(pattern, str) else ():
-                copies *= max(1, int(number[:9]))
-            if copies > MOST_OF_ANY:
-                raise UsageError(f"the JSON schema's pattern repeats more than {MOST_OF_ANY} times")
-            waiting += node.values()
-        elif isinstance(node, list):
+        if isinstance(node, list):
             waiting += node
+        if not isinstance(node, dict):
+            continue
+        for key in _LIMITS:
+            limit = node.get(key)
+            if isinstance(limit, int | float) and limit > MOST_OF_ANY:
+                raise UsageError(f"the JSON schema's {key} is {limit}; {MOST_OF_ANY} at the most")
+        pattern = node.get("pattern")
+        if isinstance(pattern, str) and _copies(pattern) > MOST_OF_ANY:
+            raise UsageError(f"the JSON schema's pattern repeats more than {MOST_OF_ANY} times")
+        waiting += node.values()
+
+
+def _copies(pattern: str) -> int:
+    """Return how often the innermost part of a pattern is repeated, at the worst."""
+    copies = 1
+    for number in _REPETITION.findall(pattern):
+        copies *= max(1, int(number[:9]))
+    return copies

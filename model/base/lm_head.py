@@ -1,4 +1,7 @@
-"""The check that heads may trust the LM head: W_out·h must give llama.cpp's logits."""
+"""The check that heads may trust the LM head: W_out·h must give llama.cpp's logits.
+
+Knows nothing of heads.
+"""
 
 from __future__ import annotations
 
@@ -8,20 +11,22 @@ import numpy.typing as npt
 from model.base.gguf_file import GGUFFile
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
-from model.base.remember import recall, remember
 from model.errors import ModelFileError
+from model.storage.facts import recall, remember
 
 POSITIONS = 256
-TOLERANCE = 0.05  # of the logits' spread. llama.cpp rounds h to 8 bits before a quantized W: 0.004 to 0.01 seen
+# Of the logits' spread. llama.cpp rounds h to 8 bits before a quantized W: 0.004 to 0.01 seen.
+TOLERANCE = 0.05
 _VERSION = 1  # of this check: an older one's successes are not trusted
-_ROWS = 16_384
+_ROWS = 16_384  # of W_out that are multiplied at a time
 
 
 def check_lm_head(model: LlamaModel, file: GGUFFile, n_threads: int) -> None:
-    """Compare W_out·h, scaled and capped as the file says, with llama.cpp's logits on 256 positions.
+    """Compare W_out·h, scaled and capped as the file says, with llama.cpp's logits.
 
-    Logits are compared, not argmaxes: an unknown scale or cap passes the second and fails the first.
-    Remembered per file. Raises ModelFileError, naming the architecture, where they differ.
+    On 256 random tokens. Logits are compared, not argmaxes: an unknown scale or cap passes the
+    second and fails the first. Remembered per file. Raises ModelFileError, naming the architecture,
+    where they differ.
     """
     key = f"{file.file_fingerprint()} {file.logit_scale} {file.soft_cap} {_VERSION}"
     if key in recall("lm_heads"):
@@ -30,23 +35,30 @@ def check_lm_head(model: LlamaModel, file: GGUFFile, n_threads: int) -> None:
     length = min(POSITIONS, model.n_ctx_train)
     with LlamaBase(model, n_ctx=length, n_threads=n_threads, embeddings=True) as base:
         base.decode(tokens[:length], 0, 0)
-        logits, hidden = base.logits(length), base.hidden(length)
-        error = lm_head_error(file, hidden, logits)
+        error = lm_head_error(file, base.hidden(length), base.logits(length))
     if not error <= TOLERANCE:  # NaN is neither
         raise ModelFileError(
-            f"{file.path}: W·h differs from llama.cpp's logits by {error:.2f} of their spread; the output of "
-            f"{file.architecture!r} models is not understood, so they cannot be drafted for (plain decoding works)"
+            f"{file.path}: W·h differs from llama.cpp's logits by {error:.2f} of their spread; "
+            f"the output of {file.architecture!r} models is not understood, so they cannot be "
+            "drafted for (plain decoding works)"
         )
     remember("lm_heads", key, round(error, 5))
 
 
-def lm_head_error(file: GGUFFile, hidden: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]) -> float:
-    """Return the RMS difference between W_out·h and the logits (n, V), over the logits' standard deviation."""
+def lm_head_error(
+    file: GGUFFile, hidden: npt.NDArray[np.float32], logits: npt.NDArray[np.float32]
+) -> float:
+    """Return the RMS difference between W_out·h and the logits, over their standard deviation.
+
+    hidden: (n, D); logits: (n, V).
+    """
     weight = file.output_weight()
     total = 0.0
     for row in range(0, len(weight), _ROWS):
         ours = hidden @ weight[row : row + _ROWS].T * np.float32(file.logit_scale)
         if file.soft_cap:
             ours = file.soft_cap * np.tanh(ours / file.soft_cap)
-        total += float(((ours - logits[:, row : row + _ROWS]) ** 2).sum(dtype=np.float64))
-    return float((total / logits.size) ** 0.5 / float(logits.std()))
+        squares = (ours - logits[:, row : row + _ROWS]) ** 2
+        total += float(squares.sum(dtype=np.float64))
+    rms = (total / logits.size) ** 0.5
+    return float(rms / float(logits.std()))

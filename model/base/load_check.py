@@ -1,7 +1,8 @@
-"""Try a GGUF file in a child process before this one loads it: on some damaged files llama.cpp aborts.
+"""The check at load: a GGUF file is tried in a child process first, as llama.cpp aborts on some.
 
-The child (`python -m model.base.load_check FILE`) loads the whole file, tokenizes and decodes one token. A success is
-remembered per file fingerprint and llama-cpp-python version, so the check costs a load only once.
+The child (`python -m model.base.load_check FILE`) loads the whole file, tokenizes and decodes one
+token. A success is remembered per file fingerprint and llama-cpp-python version, so the check costs
+a load only once. Knows nothing of heads and of how the model is used later.
 """
 
 from __future__ import annotations
@@ -14,23 +15,26 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-from model.base.child import ending, run_module
 from model.base.gguf_file import GGUFFile
-from model.base.remember import recall, remember
 from model.errors import MedusaError, ModelFileError
+from model.storage.child import ending, run_module
+from model.storage.facts import recall, remember
 
 log = logging.getLogger(__name__)
 _VERSION = 2  # of this check: an older one's successes are not trusted
 UTF8_BYTES = (*range(0x80), *range(0x80, 0xC0), *range(0xC2, 0xF5))
-# Characters in which each of these bytes stands: all of one or two bytes, every 1985th of the longer ones.
-PROBE = "".join(chr(c) for c in (*range(0x800), *range(0x800, 0x110000, 1985)) if not 0xD800 <= c < 0xE000)
+_SURROGATES = range(0xD800, 0xE000)
+# Characters that hold each of these bytes: all of one or two, every 1985th of the longer ones.
+PROBE = "".join(
+    chr(c) for c in (*range(0x800), *range(0x800, 0x110000, 1985)) if c not in _SURROGATES
+)
 _REFUSED = 3  # the child's exit status when it says why, on its last line of output
 
 
 def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
     """Return the opened file once llama.cpp is known to load it and decode with it.
 
-    timeout: seconds for loading and one token. Raises ModelFileError, in one line, where it does not.
+    timeout: seconds for loading and one token. Raises ModelFileError where it does not.
     """
     file = GGUFFile(path)
     key = f"{file.file_fingerprint()} {version('llama-cpp-python')} {_VERSION}"
@@ -40,52 +44,70 @@ def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
     try:
         child = run_module("model.base.load_check", os.path.abspath(file.path), timeout=timeout)
     except subprocess.TimeoutExpired:
-        raise ModelFileError(f"{path}: llama.cpp did not load this file within {timeout:.0f} s") from None
+        raise ModelFileError(
+            f"{path}: llama.cpp did not load this file within {timeout:.0f} s"
+        ) from None
     log.debug("loading %s in a child process:\n%s", path, child.stderr)
     if child.returncode == _REFUSED:
         raise ModelFileError(child.stdout.strip().rsplit("\n", 1)[-1])
     if child.returncode != 0:
-        raise ModelFileError(f"{path}: {_death(child.returncode)}")
+        raise ModelFileError(f"{path}: {_how_it_ended(child.returncode)}")
     remember("loads", key, True)
     return file
 
 
 def _require_byte_pieces(file: GGUFFile) -> None:
-    """Raise ModelFileError where a SentencePiece vocabulary cannot spell some text: llama.cpp aborts on that."""
-    if file.metadata.get("tokenizer.ggml.model") != "llama":  # others leave out what they cannot spell
+    """Raise ModelFileError where a SentencePiece vocabulary cannot spell every text.
+
+    llama.cpp aborts on what it cannot spell; with other vocabularies it leaves it out.
+    """
+    if file.metadata.get("tokenizer.ggml.model") != "llama":
         return
     pieces = set(file.metadata["tokenizer.ggml.tokens"])
     for byte in UTF8_BYTES:
-        spelt = f"<0x{byte:02X}>" in pieces or (byte < 0x80 and chr(byte) in pieces) or byte == ord(" ")  # " " is "▁"
-        if not spelt:
+        if byte == ord(" "):  # that is "▁"
+            continue
+        as_character = byte < 0x80 and chr(byte) in pieces
+        if not as_character and f"<0x{byte:02X}>" not in pieces:
             raise ModelFileError(
-                f"{file.path}: its vocabulary has no piece for byte 0x{byte:02X}, so llama.cpp cannot tokenize every "
-                "text with it; convert the model anew with byte fallback"
+                f"{file.path}: its vocabulary has no piece for byte 0x{byte:02X}, so llama.cpp "
+                "cannot tokenize every text with it; convert the model anew with byte fallback"
             )
 
 
-def _death(status: int) -> str:
-    """Say in words how the child ended."""
+def _how_it_ended(status: int) -> str:
+    """Say in words how the child ended, by its exit status."""
     if status == -signal.SIGKILL:
         return "loading it was stopped from outside (SIGKILL); is there enough memory?"
     return f"llama.cpp crashed on this file ({ending(status)}); it is damaged, fetch it again"
 
 
 def _try(path: Path) -> None:
-    """Load the file, tokenize every byte, decode one token; raises ModelFileError, or takes the process down."""
+    """Load the file, tokenize every byte, decode one token.
+
+    Raises ModelFileError, or takes the process down.
+    """
     import numpy as np  # here, not above: only the child needs them
 
     from model.base.llama import LlamaBase
     from model.base.llama_model import LlamaModel
 
     model = LlamaModel(path)
-    base = LlamaBase(model, n_ctx=64, n_threads=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 2)
+    base = LlamaBase(model, n_ctx=64, n_threads=_usable_cores())
     model.tokenize(PROBE)  # aborts where a vocabulary has no piece for a byte
     base.decode(np.array([max(model.bos, 0)], np.int32), 0, 0)
     if not np.isfinite(base.logits(1)).all():
-        raise ModelFileError(f"{path}: the first token's logits are not numbers; the file is damaged, fetch it again")
+        raise ModelFileError(
+            f"{path}: the first token's logits are not numbers; the file is damaged, fetch it again"
+        )
     base.close()
     model.close()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return 2
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Fast drafting: hidden rows in, ranked tokens out, both numpy.
+"""Fast drafting with draft heads: hidden states in, ranked tokens out, both numpy.
 
-A small model's step takes 300 µs, so each Python call counts: the first layers of all heads are one product, so are
-their logits, and the chain between two numpy arrays is one TorchScript call. Measured (Xeon with AVX512-VNNI, D=320,
-V=4,096, 3 heads): `benchmarks/draft_cost.py`. Knows nothing of acceptance and llama.cpp.
+A small model's step takes 300 µs, so each Python call counts: the first layers of all heads are one
+product, so are their logits, and what lies between two numpy arrays is one call. Measured (Xeon
+with AVX512-VNNI, D=320, V=4,096, 3 heads): `benchmarks/draft_cost.py`. Knows nothing of acceptance
+and llama.cpp.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,23 +17,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.errors import HeadsError
-from model.heads.fast import DType, PerHead, compiled, fastest, linear
+from model.heads.fast import Call, DType, PerHead, compiled, fastest, linear
 from model.heads.medusa import MedusaHeads
 from model.trees.tree import Tree
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 PROBE_VOCAB = 4096  # rows of the LM head that `auto` times the types with
+MIN_DRAFT_VOCAB = 1024
+DRAFT_VOCAB_STEP = 64  # rows of an LM head are best a multiple of this
 
 
 class HeadsDrafter:
     """What drafting with the first heads of a set needs, whichever type they are.
 
-    ranks: how many tokens per head. draft_vocab: draft only from the so many most frequent tokens by token_counts (V,)
-    (0: from all; `covering` says how many matter). dtype: "auto" keeps the fastest on this machine. n_threads: torch's
-    threads, process-wide; they fight with llama.cpp's for the cores. with_probs: give probabilities (over the draft
-    vocabulary) too, at the cost of a softmax. Raises HeadsError where the heads can't do what is asked.
+    name: of the draft source, `HEADS` of `model/decoding/drafters/drafter.py`.
+    ranks: how many guesses per head. draft_vocab: draft only from the so many most frequent tokens
+    by token_counts (V,); 0: from all (`covering` says how many matter). dtype: "auto" keeps the
+    fastest on this machine. n_threads: torch's threads, process-wide; they fight with llama.cpp's
+    for the cores. with_probs: give probabilities (over the draft vocabulary) too, at the cost of a
+    softmax. Raises HeadsError where the heads can't do what is asked.
     """
+
+    name = "heads"
 
     def __init__(
         self,
@@ -46,21 +53,26 @@ class HeadsDrafter:
         n_threads: int = 1,
         with_probs: bool = False,
     ) -> None:
-        if not 1 <= n_heads <= heads.config.k_heads:
-            raise HeadsError(f"cannot draft with {n_heads} heads: the file holds {heads.config.k_heads}")
+        k_heads = heads.config.k_heads
+        if not 1 <= n_heads <= k_heads:
+            raise HeadsError(f"cannot draft with {n_heads} heads: the file holds {k_heads}")
         torch.set_num_threads(n_threads)
         self.ids = _draft_ids(heads.config.vocab, draft_vocab, token_counts)
         if not 1 <= ranks <= len(self.ids):
             raise HeadsError(f"cannot rank {ranks} tokens of a draft vocabulary of {len(self.ids)}")
-        self._n_heads, self._ranks, self._with_probs = n_heads, ranks, with_probs
-        self._scale, self._cap = heads.logit_scale, heads.soft_cap
+        self._n_heads = n_heads
+        self._ranks = ranks
+        self._with_probs = with_probs
+        self._scale = heads.logit_scale
+        self._cap = heads.soft_cap
         self.dtype = self._fastest(heads) if dtype == "auto" else dtype
         self._prepare(heads)
 
     def _fastest(self, heads: MedusaHeads) -> str:
         """Time one row in each type, with a part of the LM head only, and name the fastest."""
         ids = np.arange(min(heads.config.vocab, PROBE_VOCAB), dtype=np.int32)
-        return fastest(f"{heads.config} {self._n_heads}", lambda dtype: self._one_row(heads, ids, dtype))
+        what = f"{heads.config} {self._n_heads}"
+        return fastest(what, lambda dtype: self._one_row(heads, ids, dtype))
 
     def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
         """Compile the drafting of one made-up row over these tokens, to be timed."""
@@ -71,71 +83,105 @@ class HeadsDrafter:
         raise NotImplementedError
 
     def _ranked(self, scores: Tensor, ranks: int) -> tuple[Int32Array, Float32Array | None]:
-        """Return the best tokens (rows,R) by logits (rows,V), which are spoilt, and their probabilities or None."""
+        """Return the best tokens (rows,R) by logits (rows,V), and their probabilities or None.
+
+        The logits are overwritten.
+        """
         logits = scores.numpy()
         if ranks == 1 and not self._with_probs:
             return self.ids[logits.argmax(1)][:, None], None
-        rows = len(logits)
-        best, top = np.empty((rows, ranks), np.intp), np.empty((rows, ranks), np.float32)
-        total = self._normaliser(logits) if self._with_probs else None
-        each = np.arange(rows)
-        for rank in range(ranks):  # an argmax is 1 to 6 µs; torch's topk 28 to 200 (V = 4,096 to 32,000)
-            at = logits.argmax(1)
-            best[:, rank], top[:, rank] = at, logits[each, at]
-            logits[each, at] = -np.inf
-        return self.ids[best], None if total is None else np.exp(self._shaped(top) - total)
+        log_total = self._log_total(logits) if self._with_probs else None
+        n = len(logits)
+        best = np.empty((n, ranks), np.intp)
+        top = np.empty((n, ranks), np.float32)
+        rows = np.arange(n)
+        # An argmax per rank takes 1 to 6 µs; torch's topk 28 to 200 (V = 4,096 to 32,000).
+        for rank in range(ranks):
+            columns = logits.argmax(1)
+            best[:, rank] = columns
+            top[:, rank] = logits[rows, columns]
+            logits[rows, columns] = -np.inf
+        if log_total is None:
+            return self.ids[best], None
+        return self.ids[best], np.exp(self._shaped(top) - log_total)
 
     def _shaped(self, logits: Float32Array) -> Float32Array:
-        """Apply what the base model does to its logits; it changes no order, so ranking goes without."""
+        """Scale and cap logits as the base model does; it changes no order, so ranking needn't."""
         logits = logits * np.float32(self._scale)
-        return np.float32(self._cap) * np.tanh(logits / np.float32(self._cap)) if self._cap else logits
+        if not self._cap:
+            return logits
+        cap = np.float32(self._cap)
+        capped: Float32Array = cap * np.tanh(logits / cap)
+        return capped
 
-    def _normaliser(self, logits: Float32Array) -> Float32Array:
+    def _log_total(self, logits: Float32Array) -> Float32Array:
         """Return log sum exp (rows,1)."""
-        return torch.logsumexp(torch.from_numpy(self._shaped(logits)), 1, keepdim=True).numpy()
+        shaped = torch.from_numpy(self._shaped(logits))
+        return torch.logsumexp(shaped, 1, keepdim=True).numpy()
 
 
 class MedusaDrafter(HeadsDrafter):
-    """Drafts with Medusa heads; a `Drafter` of `model/decoding/drafting.py`. Their guesses hang on the state alone."""
+    """Drafts with Medusa heads, whose guesses depend on the state alone.
 
-    def rank(self, hidden: Float32Array, tokens: object = None) -> tuple[Int32Array, Float32Array | None]:
-        """Return for states (B,D) each head's tokens (B,K,R), best first, and their probabilities or None."""
-        best, probabilities = self._ranked(self._logits(torch.from_numpy(hidden)), self._ranks)  # (B·K,V)
+    A `RankingDrafter` of `model/decoding/drafters/drafter.py`.
+    """
+
+    def rank(
+        self, hidden: Float32Array, tokens: object = None
+    ) -> tuple[Int32Array, Float32Array | None]:
+        """Return for states (B,D) each head's tokens (B,K,R) and their probabilities or None.
+
+        The best come first. tokens: not looked at.
+        """
+        logits = self._logits(torch.from_numpy(hidden))  # (B·K,V)
+        best, probabilities = self._ranked(logits, self._ranks)
         shape = (len(hidden), self._n_heads, self._ranks)
-        return best.reshape(shape), None if probabilities is None else probabilities.reshape(shape)
+        if probabilities is not None:
+            probabilities = probabilities.reshape(shape)
+        return best.reshape(shape), probabilities
 
-    def draft(self, hidden: Float32Array, roots: Sequence[int], trees: Sequence[Tree]) -> list[list[int]]:
-        """See Drafter."""
-        return [tree.fill(guesses) for tree, guesses in zip(trees, self.rank(hidden)[0], strict=True)]
+    def draft(
+        self, hidden: Float32Array, roots: Sequence[int], trees: Sequence[Tree]
+    ) -> list[list[int]]:
+        """See TreeDrafter."""
+        guesses, _ = self.rank(hidden)
+        return [tree.fill(table) for tree, table in zip(trees, guesses, strict=True)]
 
     def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
-        return partial(_compile(heads, self._n_heads, ids, dtype), torch.randn(1, heads.config.dim))
+        call = _compile(heads, self._n_heads, ids, dtype)
+        return partial(call, torch.randn(1, heads.config.dim))
 
     def _prepare(self, heads: MedusaHeads) -> None:
         self._logits = _compile(heads, self._n_heads, self.ids, self.dtype)
 
 
-class _Chain(nn.Module):
+class _AllHeads(nn.Module):
     """States (B,D) to the first heads' logits (B·K,V), in one type throughout."""
 
-    def __init__(self, heads: MedusaHeads, n_heads: int, ids: npt.NDArray[np.int32], dtype: str) -> None:
+    def __init__(self, heads: MedusaHeads, n_heads: int, ids: Int32Array, dtype: str) -> None:
         super().__init__()
-        self.n_heads, self.dim, layers = n_heads, heads.config.dim, heads.config.head_layers
-        self.kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-        weight, bias = heads.weight.detach()[:, :n_heads], heads.bias.detach()[:, :n_heads]
+        layers = heads.config.head_layers
+        weight = heads.weight.detach()[:, :n_heads]  # (L,K,H,D)
+        bias = heads.bias.detach()[:, :n_heads]  # (L,K,H)
+        self.n_heads = n_heads
+        self.dim = heads.config.dim
         self.inner = weight.shape[2]
-        self.first = linear(weight[0].flatten(0, 1), bias[0].flatten(), dtype)  # all heads read the same states
+        self.kind = torch.bfloat16 if dtype == "bf16" else torch.float32
+
+        # All heads read the same states, so their first layers are one product.
+        self.first = linear(weight[0].flatten(0, 1), bias[0].flatten(), dtype)
         self.blocks = nn.ModuleList(PerHead(weight[i], bias[i], dtype) for i in range(1, layers))
         self.ups = nn.ModuleList()
         if heads.up is not None:
-            self.ups.extend(PerHead(heads.up.detach()[i, :n_heads], None, dtype) for i in range(layers))
-        rows = torch.from_numpy(ids.astype(np.int64))
-        whole = len(ids) == heads.config.vocab
+            up = heads.up.detach()[:, :n_heads]  # (L,K,D,H)
+            self.ups.extend(PerHead(up[i], None, dtype) for i in range(layers))
+
+        lm_head = heads.lm_head.detach()
         if heads.config.lm_head == "own":
-            own = heads.lm_head.detach()[:n_heads]
-            self.lm_head: nn.Module = PerHead(own if whole else own[:, rows], None, dtype)
+            own = rows_of(lm_head[:n_heads], ids)
+            self.lm_head: nn.Module = PerHead(own, None, dtype)
         else:
-            self.lm_head = linear(heads.lm_head.detach() if whole else heads.lm_head.detach()[rows], None, dtype)
+            self.lm_head = linear(rows_of(lm_head, ids), None, dtype)
 
     def forward(self, states: Tensor) -> Tensor:
         states = states.to(self.kind)
@@ -149,20 +195,36 @@ class _Chain(nn.Module):
         return cast(Tensor, self.lm_head(x.view(-1, self.dim))).float()
 
 
-def _compile(heads: MedusaHeads, n_heads: int, ids: Int32Array, dtype: str) -> torch.jit.ScriptModule:
-    return compiled(_Chain(heads, n_heads, ids, dtype), torch.randn(2, heads.config.dim))
+def _compile(heads: MedusaHeads, n_heads: int, ids: Int32Array, dtype: str) -> Call:
+    return compiled(_AllHeads(heads, n_heads, ids, dtype), torch.randn(2, heads.config.dim))
 
 
-def covering(counts: npt.NDArray[np.int32], share: float) -> int:
-    """Return how many of the commonest tokens make up `share` of a counted text: a multiple of 64, at least 1,024."""
-    most = np.sort(counts.astype(np.int64))[::-1].cumsum()
-    return max(1024, -(-(int(np.searchsorted(most, share * most[-1])) + 1) // 64) * 64)
+def rows_of(lm_head: Tensor, ids: Int32Array) -> Tensor:
+    """Return the rows of an LM head (…,V,D) for tokens, without a copy where they are all."""
+    if len(ids) == lm_head.shape[-2]:
+        return lm_head
+    return lm_head.index_select(-2, torch.from_numpy(ids.astype(np.int64)))
 
 
-def _draft_ids(vocab: int, draft_vocab: int, counts: npt.NDArray[np.int32] | None) -> npt.NDArray[np.int32]:
+def covering(counts: Int32Array, share: float) -> int:
+    """Return how many of the commonest tokens make up `share` of a counted text.
+
+    counts: (V,). The result is a multiple of 64, at least 1,024.
+    """
+    totals = np.sort(counts.astype(np.int64))[::-1].cumsum()
+    needed = int(np.searchsorted(totals, share * totals[-1])) + 1
+    steps = -(-needed // DRAFT_VOCAB_STEP)
+    return max(MIN_DRAFT_VOCAB, steps * DRAFT_VOCAB_STEP)
+
+
+def _draft_ids(vocab: int, draft_vocab: int, counts: Int32Array | None) -> Int32Array:
     """Return the token ids to draft from, ascending."""
     if not 0 < draft_vocab < vocab:
         return np.arange(vocab, dtype=np.int32)
     if counts is None:
-        raise HeadsError("these heads hold no token_counts, which draft_vocab needs: train them anew, or set it to 0")
-    return np.sort(np.argsort(-counts.astype(np.int64), kind="stable")[:draft_vocab]).astype(np.int32)
+        raise HeadsError(
+            "these heads hold no token_counts, which draft_vocab needs: train them anew, "
+            "or set it to 0"
+        )
+    by_count = np.argsort(-counts.astype(np.int64), kind="stable")
+    return np.sort(by_count[:draft_vocab]).astype(np.int32)

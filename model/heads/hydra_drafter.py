@@ -1,7 +1,7 @@
-"""Fast drafting with Hydra heads: level by level down the trees, one pass per level for all of them.
+"""Fast drafting with Hydra heads: level by level down the trees, one pass per level for all.
 
-A pass holds the nodes that have children, and no others. What stands where in it hangs on the trees alone, is worked
-out once and kept. Knows nothing of acceptance and llama.cpp.
+A pass holds the nodes that have children, and no others. Where each node's inputs and outputs are
+depends on the trees alone, is worked out once and kept. Knows nothing of acceptance and llama.cpp.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model.heads.drafter import Float32Array, HeadsDrafter, Int32Array, MedusaDrafter
-from model.heads.fast import compiled, linear
+from model.heads.drafter import Float32Array, HeadsDrafter, Int32Array, MedusaDrafter, rows_of
+from model.heads.fast import Call, compiled, linear
 from model.heads.hydra import HydraHeads
 from model.heads.medusa import MedusaHeads
 from model.trees.tree import Tree
@@ -28,44 +28,64 @@ IndexArray = npt.NDArray[np.intp]
 
 def drafter_for(heads: MedusaHeads, **options: Any) -> MedusaDrafter | HydraDrafter:
     """Return the drafter for heads of either type; options: see HeadsDrafter."""
-    return HydraDrafter(heads, **options) if isinstance(heads, HydraHeads) else MedusaDrafter(heads, **options)
+    if isinstance(heads, HydraHeads):
+        return HydraDrafter(heads, **options)
+    return MedusaDrafter(heads, **options)
 
 
 class HydraDrafter(HeadsDrafter):
-    """Drafts with Hydra heads; a `Drafter` of `model/decoding/drafting.py`."""
+    """Drafts with Hydra heads; a `RankingDrafter` of `model/decoding/drafters/drafter.py`."""
 
-    def rank(self, hidden: Float32Array, tokens: npt.NDArray[np.integer]) -> tuple[Int32Array, Float32Array | None]:
-        """Return for states (B,D), and the tokens (B,K) behind each, what every head makes of those before its own.
+    def rank(
+        self, hidden: Float32Array, tokens: npt.NDArray[np.integer]
+    ) -> tuple[Int32Array, Float32Array | None]:
+        """Return for states (B,D) each head's tokens (B,K,R) and their probabilities or None.
 
-        Gives tokens (B,K,R), best first, and their probabilities or None.
+        The best come first. tokens: (B,K) those behind each state, of which a head reads the ones
+        before its own.
         """
-        states, known = torch.from_numpy(hidden), torch.from_numpy(tokens.astype(np.int64))
-        found = [self._ranked(head(states, known[:, : k + 1]), self._ranks) for k, head in enumerate(self._heads)]
-        probabilities = [each for _, each in found if each is not None]
-        return np.stack([best for best, _ in found], 1), np.stack(probabilities, 1) if probabilities else None
+        states = torch.from_numpy(hidden)
+        known = torch.from_numpy(tokens.astype(np.int64))
+        best = list[Int32Array]()
+        probabilities = list[Float32Array]()
+        for k, head in enumerate(self._heads):
+            head_best, head_probabilities = self._ranked(
+                head(states, known[:, : k + 1]), self._ranks
+            )
+            best.append(head_best)
+            if head_probabilities is not None:
+                probabilities.append(head_probabilities)
+        if not probabilities:
+            return np.stack(best, 1), None
+        return np.stack(best, 1), np.stack(probabilities, 1)
 
-    def draft(self, hidden: Float32Array, roots: Sequence[int], trees: Sequence[Tree]) -> list[list[int]]:
-        """See Drafter."""
+    def draft(
+        self, hidden: Float32Array, roots: Sequence[int], trees: Sequence[Tree]
+    ) -> list[list[int]]:
+        """See TreeDrafter."""
         starts, levels = _walk(tuple(trees))
         tokens = np.zeros(starts[-1], np.int64)  # of all trees, one behind the other
         tokens[starts[:-1]] = roots
         for level, head in zip(levels, self._heads, strict=False):
-            states = hidden if len(hidden) == 1 else hidden[level.states]  # a single one is broadcast
+            # A single state is broadcast.
+            states = hidden if len(hidden) == 1 else hidden[level.states]
             logits = head(torch.from_numpy(states), torch.from_numpy(tokens[level.paths]))
-            best, _ = self._ranked(logits, level.most)
+            best, _ = self._ranked(logits, level.n_ranks)
             tokens[level.nodes] = best[level.rows, level.ranks]
-        flat, ends = tokens.tolist(), starts.tolist()
-        return [flat[start + 1 : end] for start, end in pairwise(ends)]
+        flat = tokens.tolist()
+        return [flat[start + 1 : end] for start, end in pairwise(starts.tolist())]
 
     def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
         assert isinstance(heads, HydraHeads)
         last = self._n_heads - 1
-        example = torch.randn(1, heads.config.dim), torch.zeros((1, last + 1), dtype=torch.int64)
-        return partial(_compile(heads, last, _lm_head(heads, last, ids, dtype), dtype), *example)
+        call = _compile(heads, last, _lm_head(heads, last, ids, dtype), dtype)
+        states = torch.randn(1, heads.config.dim)
+        tokens = torch.zeros((1, last + 1), dtype=torch.int64)
+        return partial(call, states, tokens)
 
     def _prepare(self, heads: MedusaHeads) -> None:
         assert isinstance(heads, HydraHeads)
-        self._heads = list[torch.jit.ScriptModule]()
+        self._heads = list[Call]()
         lm_head: nn.Module | None = None
         for k in range(self._n_heads):
             if lm_head is None or heads.config.lm_head == "own":
@@ -74,70 +94,88 @@ class HydraDrafter(HeadsDrafter):
 
 
 class _Head(nn.Module):
-    """States (n,D) or (1,D) and the tokens behind them (n,k+1) to the logits (n,V) of the head with index k."""
+    """The head with index k (from 0), in one type throughout.
+
+    States (n,D) or (1,D) and the tokens behind them (n,k+1) to logits (n,V).
+    """
 
     embeddings: Tensor
 
     def __init__(self, heads: HydraHeads, k: int, lm_head: nn.Module, dtype: str) -> None:
         super().__init__()
-        layers = range(heads.config.head_layers)
+        weight = heads.weight.detach()[:, k]  # (L,H,D)
+        bias = heads.bias.detach()[:, k]  # (L,H)
+        up = None if heads.up is None else heads.up.detach()[:, k]  # (L,D,H)
         self.kind = torch.bfloat16 if dtype == "bf16" else torch.float32
-        self.register_buffer("embeddings", heads.embeddings)  # as a plain attribute each head would get a copy
+        # A buffer: as a plain attribute each head would get a copy.
+        self.register_buffer("embeddings", heads.embeddings)
         self.reader = linear(heads.reader(k), None, dtype)
-        weight, bias = heads.weight.detach()[:, k], heads.bias.detach()[:, k]
-        self.blocks = nn.ModuleList(linear(weight[i], bias[i], dtype) for i in layers)
-        up = None if heads.up is None else heads.up.detach()[:, k]
-        self.ups = nn.ModuleList(nn.Identity() if up is None else linear(up[i], None, dtype) for i in layers)
+        self.blocks = nn.ModuleList()
+        self.ups = nn.ModuleList()
+        for layer in range(heads.config.head_layers):
+            self.blocks.append(linear(weight[layer], bias[layer], dtype))
+            self.ups.append(nn.Identity() if up is None else linear(up[layer], None, dtype))
         self.lm_head = lm_head
 
     def forward(self, states: Tensor, tokens: Tensor) -> Tensor:
-        read = F.embedding(tokens, self.embeddings).flatten(1)  # (n,(k+1)·D)
-        x = states.to(self.kind) + self.reader(read.to(self.kind))
+        embedded = F.embedding(tokens, self.embeddings).flatten(1)  # (n,(k+1)·D)
+        x = states.to(self.kind) + self.reader(embedded.to(self.kind))
         for block, up in zip(self.blocks, self.ups, strict=True):
             x = x + up(F.silu(block(x)))
         return cast(Tensor, self.lm_head(x)).float()
 
 
 def _lm_head(heads: HydraHeads, k: int, ids: Int32Array, dtype: str) -> nn.Module:
-    weight = heads.lm_head_weight(k).detach()
-    whole = len(ids) == heads.config.vocab
-    return linear(weight if whole else weight[torch.from_numpy(ids.astype(np.int64))], None, dtype)
+    return linear(rows_of(heads.lm_head_weight(k).detach(), ids), None, dtype)
 
 
-def _compile(heads: HydraHeads, k: int, lm_head: nn.Module, dtype: str) -> torch.jit.ScriptModule:
-    example = torch.randn(2, heads.config.dim), torch.zeros((2, k + 1), dtype=torch.int64)
-    return compiled(_Head(heads, k, lm_head, dtype), *example)
+def _compile(heads: HydraHeads, k: int, lm_head: nn.Module, dtype: str) -> Call:
+    states = torch.randn(2, heads.config.dim)
+    tokens = torch.zeros((2, k + 1), dtype=torch.int64)
+    return compiled(_Head(heads, k, lm_head, dtype), states, tokens)
 
 
 class _Level(NamedTuple):
-    """One pass. Its n rows are the nodes of a depth that have children, m in all; tokens stand in one long row."""
+    """One pass: the n nodes of a depth that have children, and these children, m in all.
 
-    states: IndexArray  # (n,) which state a node reads
-    paths: IndexArray  # (n,depth+1) where the tokens from the root to it stand
-    nodes: IndexArray  # (m,) where the children's tokens go
-    rows: IndexArray  # (m,) whose child
-    ranks: IndexArray  # (m,) which of its guesses
-    most: int  # guesses of a node
+    The tokens of all nodes are kept in one long row, into which `paths` and `nodes` are indices.
+    states: (n,) which state a node reads. paths: (n,depth+1) the tokens from the root to it.
+    nodes: (m,) where the children's tokens go. rows: (m,) which of the n nodes is their parent.
+    ranks: (m,) which of its guesses they are. n_ranks: how many guesses are needed of a node.
+    """
+
+    states: IndexArray
+    paths: IndexArray
+    nodes: IndexArray
+    rows: IndexArray
+    ranks: IndexArray
+    n_ranks: int
 
 
 @lru_cache(maxsize=1024)
 def _walk(trees: tuple[Tree, ...]) -> tuple[IndexArray, list[_Level]]:
-    """Return where each tree's tokens begin (and the end), and the levels of trees that are drafted together."""
+    """Return where each tree's tokens begin (and the end), and the levels of all trees together."""
     starts = np.cumsum([0, *(len(tree) for tree in trees)])
     levels = list[_Level]()
     for depth in range(max(tree.max_depth for tree in trees)):
-        parts = [(i, _levels(tree)[depth]) for i, tree in enumerate(trees) if depth < tree.max_depth]
-        first = np.cumsum([0, *(len(part.paths) for _, part in parts)])
-        levels.append(
-            _Level(
-                np.concatenate([part.states + i for i, part in parts]),
-                np.concatenate([part.paths + starts[i] for i, part in parts]),
-                np.concatenate([part.nodes + starts[i] for i, part in parts]),
-                np.concatenate([part.rows + row for row, (_, part) in zip(first.tolist(), parts, strict=False)]),
-                np.concatenate([part.ranks for _, part in parts]),
-                max(part.most for _, part in parts),
-            )
+        deep = [i for i, tree in enumerate(trees) if depth < tree.max_depth]
+        parts = [_levels(trees[i])[depth] for i in deep]
+        first_rows = np.cumsum([0, *(len(part.paths) for part in parts)])[:-1].tolist()
+        level = _Level(
+            states=np.concatenate([part.states + i for i, part in zip(deep, parts, strict=True)]),
+            paths=np.concatenate(
+                [part.paths + starts[i] for i, part in zip(deep, parts, strict=True)]
+            ),
+            nodes=np.concatenate(
+                [part.nodes + starts[i] for i, part in zip(deep, parts, strict=True)]
+            ),
+            rows=np.concatenate(
+                [part.rows + first for first, part in zip(first_rows, parts, strict=True)]
+            ),
+            ranks=np.concatenate([part.ranks for part in parts]),
+            n_ranks=max(part.n_ranks for part in parts),
         )
+        levels.append(level)
     return starts, levels
 
 
@@ -146,10 +184,18 @@ def _levels(tree: Tree) -> list[_Level]:
     """Return the levels of a tree that is drafted alone."""
     levels = list[_Level]()
     for depth in range(tree.max_depth):
-        inner = [n for n in np.flatnonzero(tree.depths == depth).tolist() if tree.children[n]]
-        row_of, nodes = {n: row for row, n in enumerate(inner)}, np.flatnonzero(tree.depths == depth + 1)
+        at_depth = np.flatnonzero(tree.depths == depth).tolist()
+        inner = [node for node in at_depth if tree.children[node]]
+        row_of = {node: row for row, node in enumerate(inner)}
+        nodes = np.flatnonzero(tree.depths == depth + 1)
         ranks = tree.ranks[nodes].astype(np.intp)
-        rows = np.array([row_of[parent] for parent in tree.parents[nodes].tolist()])
-        paths = np.array([tree.path_to(n) for n in inner])
-        levels.append(_Level(np.zeros(len(inner), np.intp), paths, nodes, rows, ranks, int(ranks.max()) + 1))
+        level = _Level(
+            states=np.zeros(len(inner), np.intp),
+            paths=np.array([tree.path_to(node) for node in inner]),
+            nodes=nodes,
+            rows=np.array([row_of[parent] for parent in tree.parents[nodes].tolist()]),
+            ranks=ranks,
+            n_ranks=int(ranks.max()) + 1,
+        )
+        levels.append(level)
     return levels

@@ -1,8 +1,9 @@
-"""Medusa heads: residual SiLU blocks on the base model's final hidden state, one head per place ahead.
+"""Medusa heads: residual SiLU blocks on the base model's final hidden state, a head per depth.
 
-After Cai et al. 2024, "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding Heads".
-The parameters of all heads are stacked, so that a layer of all heads is one batched matrix product.
-This module doesn't know how heads are taught, kept on disk or made fast for drafting.
+After Cai et al. 2024, "Medusa: Simple LLM Inference Acceleration Framework with Multiple Decoding
+Heads" (arXiv 2401.10774). The parameters of all heads are stacked, so that a layer of all heads is
+one batched matrix product. This module doesn't know how heads are taught, kept on disk or made fast
+for drafting.
 """
 
 from dataclasses import dataclass
@@ -13,15 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class HeadsConfig:
-    """What decides the shapes of a set of heads."""
+    """What decides the shapes of a set of heads.
+
+    k_heads: K. dim: D. vocab: V. head_layers: L, blocks of a head. hidden_dim: H, the width inside
+    a block; 0 or dim: no bottleneck. lm_head: "tied", the base model's, or "own", one per head.
+    """
 
     k_heads: int
     dim: int
     vocab: int
     head_layers: int = 1
-    hidden_dim: int = 0  # width inside a block; 0 or dim: no bottleneck
+    hidden_dim: int = 0
     lm_head: Literal["tied", "own"] = "tied"
     head_type: Literal["medusa", "hydra"] = "medusa"
 
@@ -34,25 +39,39 @@ class HeadsConfig:
 class MedusaHeads(nn.Module):
     """K heads; head i (from 1), at the state of position t, drafts the token at t+1+i.
 
-    A block is `x + silu(W x + b)`, W and b zero at first as upstream has it, so that an untrained head repeats the base
-    model's own guess; with a bottleneck it is `x + U silu(W x + b)`, U zero at first.
+    A block is `x + silu(W x + b)`, W and b zero at first as upstream has it, so that an untrained
+    head repeats the base model's own guess; with a bottleneck it is `x + U silu(W x + b)`, U zero
+    at first.
 
-    Args: lm_head (V,D), the base's; `tied` keeps it frozen and out of the state dict, `own` gives each head a trained
-    copy ((K,V,D) is taken as it is). logit_scale and soft_cap (0: none) are the base model's, applied to all logits.
+    Args: lm_head (V,D), the base's; "tied" keeps it frozen and out of the state dict, "own" gives
+    each head a trained copy ((K,V,D) is taken as it is). logit_scale and soft_cap (0: none) are the
+    base model's, applied to all logits.
     """
 
     lm_head: Tensor  # tied (V,D) or own (K,V,D)
 
-    def __init__(self, config: HeadsConfig, lm_head: Tensor, logit_scale: float = 1.0, soft_cap: float = 0.0) -> None:
+    def __init__(
+        self,
+        config: HeadsConfig,
+        lm_head: Tensor,
+        logit_scale: float = 1.0,
+        soft_cap: float = 0.0,
+    ) -> None:
         super().__init__()
-        heads, dim, layers = config.k_heads, config.dim, config.head_layers
+        heads = config.k_heads
+        dim = config.dim
+        layers = config.head_layers
         inner = config.hidden_dim if config.bottleneck else dim
         assert lm_head.shape[-2:] == (config.vocab, dim), (lm_head.shape, config)
-        self.config, self.logit_scale, self.soft_cap = config, logit_scale, soft_cap
+        self.config = config
+        self.logit_scale = logit_scale
+        self.soft_cap = soft_cap
         self.weight = nn.Parameter(torch.zeros(layers, heads, inner, dim))  # (L,K,H,D)
         self.bias = nn.Parameter(torch.zeros(layers, heads, inner))  # (L,K,H)
-        self.up = nn.Parameter(torch.zeros(layers, heads, dim, inner)) if config.bottleneck else None  # (L,K,D,H)
-        if config.bottleneck:  # with both factors at zero nothing would ever move
+        self.up: nn.Parameter | None = None
+        if config.bottleneck:
+            self.up = nn.Parameter(torch.zeros(layers, heads, dim, inner))  # (L,K,D,H)
+            # With both factors at zero nothing would ever move.
             nn.init.uniform_(self.weight, -(dim**-0.5), dim**-0.5)
         if config.lm_head == "own":
             self.lm_head = nn.Parameter(lm_head.detach().expand(heads, -1, -1).clone())
@@ -60,28 +79,35 @@ class MedusaHeads(nn.Module):
             self.register_buffer("lm_head", lm_head.detach(), persistent=False)
 
     def inputs(self, states: Tensor, tokens: Tensor | None) -> Tensor:
-        """Give what the heads' first blocks read, (N,D) -> (K,N,D): the state itself."""
+        """Return what the heads' first blocks read, (N,D) -> (K,N,D): the state itself."""
         return states.expand(self.config.k_heads, -1, -1)
 
     def hidden(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Run all heads' blocks: (...,D) -> (K,...,D), what the LM head reads.
+        """Run all heads' blocks: (…,D) -> (K,…,D), what the LM head reads.
 
-        tokens: (...,K) int64, those behind each state, the next one first; Medusa heads don't look at them.
+        tokens: (…,K) int64, those behind each state, the next one first; Medusa heads don't look at
+        them.
         """
-        known = None if tokens is None else tokens.reshape(-1, self.config.k_heads)
-        x = self.inputs(states.reshape(-1, self.config.dim), known)  # (K,N,D)
+        flat_tokens = None if tokens is None else tokens.reshape(-1, self.config.k_heads)
+        x = self.inputs(states.reshape(-1, self.config.dim), flat_tokens)  # (K,N,D)
         for layer in range(self.config.head_layers):
-            inner = F.silu(torch.baddbmm(self.bias[layer].unsqueeze(1), x, self.weight[layer].mT))
+            product = torch.baddbmm(self.bias[layer].unsqueeze(1), x, self.weight[layer].mT)
+            inner = F.silu(product)  # (K,N,H)
             x = x + (inner if self.up is None else inner @ self.up[layer].mT)
         return x.reshape(self.config.k_heads, *states.shape)
 
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Give all heads' logits, (...,D) -> (K,...,V): for small inputs, training uses `linear_cross_entropy`."""
+        """Return all heads' logits, (…,D) -> (K,…,V).
+
+        For small inputs; training uses the chunked losses.
+        """
         hidden = self.hidden(states, tokens)
         flat = hidden.reshape(self.config.k_heads, -1, self.config.dim)
-        logits = (flat @ self.lm_head.mT).reshape(*hidden.shape[:-1], self.config.vocab) * self.logit_scale
-        return torch.tanh(logits / self.soft_cap) * self.soft_cap if self.soft_cap else logits
+        logits = (flat @ self.lm_head.mT) * self.logit_scale
+        if self.soft_cap:
+            logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
+        return logits.reshape(*hidden.shape[:-1], self.config.vocab)
 
     def lm_head_weight(self, k: int) -> Tensor:
-        """Give the LM head (V,D) of the head with index k (from 0)."""
+        """Return the LM head (V,D) of the head with index k (from 0)."""
         return self.lm_head[k] if self.config.lm_head == "own" else self.lm_head

@@ -1,10 +1,12 @@
-"""What a batch of n tokens costs on this machine, for this file: measured, interpolated, kept as JSON.
+"""The cost curve: what a batch of n tokens costs on this machine, for this file. Knows no model.
 
-Knows no model: the caller hands in a function that decodes one batch and says how long it took.
+It is measured, interpolated and kept as JSON; the caller hands in a function that decodes one batch
+and says how long it took.
 
-t(n) is not monotone and is taken as it was measured. Repacked types such as Q4_0 have their fast kernel at multiples of
-4 only: t(4) may lie below t(3) (1.62 and 2.28 × t(1), 1 B parameters on two AVX-512 cores), and smoothing would hide
-just the sizes that pay. Between measured sizes the curve is a straight line, hence a guess.
+t(n), the seconds of a batch of n tokens, is not monotone and is taken as it was measured. Repacked
+types such as Q4_0 have their fast kernel at multiples of 4 only: t(4) may lie below t(3) (1.62 and
+2.28 × t(1), 1 B parameters on two AVX-512 cores), and smoothing would hide just the sizes that pay.
+Between measured sizes the curve is a straight line, hence a guess.
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import numpy.typing as npt
 
 FloatArray = npt.NDArray[np.float64]
 
-SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)  # tokens per batch that are measured
+# Tokens per batch that are measured.
+SIZES = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16, 20, 24, 32, 48, 64)
 MIN_ROUNDS = 3  # the fewest from which a median can drop a spike
 LONGEST_S = 1e6  # a stored batch that took longer (11 days) is damage
 
@@ -32,8 +35,9 @@ LONGEST_S = 1e6  # a stored batch that took longer (11 days) is damage
 class CostCurve:
     """Seconds per batch, by tokens in the batch and tokens in the cache.
 
-    contexts: (C,) tokens in the cache, ascending, one at least. sizes: (S,) tokens per batch, ascending, from 1 on,
-    two at least. seconds: C rows of S times.
+    contexts: (C,) tokens in the cache, ascending, one at least.
+    sizes: (S,) tokens per batch, ascending, from 1 on, two at least.
+    seconds: C rows of S times.
     """
 
     contexts: tuple[int, ...]
@@ -41,7 +45,7 @@ class CostCurve:
     seconds: tuple[tuple[float, ...], ...]
 
     def __post_init__(self) -> None:
-        assert _sound(self.contexts, self.sizes, self.seconds), f"not a cost curve: {self}"
+        assert _is_sound(self.contexts, self.sizes, self.seconds), f"not a cost curve: {self}"
 
     @cached_property
     def _by_size(self) -> FloatArray:
@@ -49,23 +53,31 @@ class CostCurve:
         return np.array(self.seconds, np.float64).T
 
     def seconds_for(self, n: float, context: float) -> float:
-        """Return the seconds of a batch of n tokens over `context` cached ones: bilinear between what was measured.
+        """Return the seconds of a batch of n tokens over `context` cached ones.
 
-        Below the first size or context the first one holds. Beyond the last, the line through the last two goes
-        on, level where it would fall: noise must not make a long context free. A single context holds for all.
+        Bilinear between what was measured. Below the first size or context the first one holds.
+        Beyond the last, the line through the last two goes on, level where it would fall: noise
+        must not make a long context free. A single context holds for all.
         """
-        return float(_line(self.contexts, _line(self.sizes, self._by_size, n), context))
+        at_contexts = _interpolate(self.sizes, self._by_size, n)
+        return float(_interpolate(self.contexts, at_contexts, context))
 
     def row(self, context: float, n_max: int) -> FloatArray:
-        """Return (n_max,) seconds for n = 1 … n_max at one context; cheap enough to ask now and then while decoding."""
-        return np.array(_line(self.contexts, _all_sizes(self, n_max), context))
+        """Return (n_max,) seconds for n = 1 … n_max at one context, as `seconds_for` does.
+
+        Cheap enough to ask now and then while decoding.
+        """
+        return np.array(_interpolate(self.contexts, _all_sizes(self, n_max), context))
 
     def on_offer(self, context: float, n_max: int) -> FloatArray:
-        """Return `row`, infinite for sizes that were not measured: between 12 and 16 a guess would be far too low."""
-        row = np.full(n_max, np.inf)
-        at = [n - 1 for n in self.sizes if n <= n_max]
-        row[at] = self.row(context, n_max)[at]
-        return row
+        """Return `row`, but infinity for sizes that were not measured.
+
+        Between 12 and 16 tokens, say, a guess would be far too low.
+        """
+        offered = np.full(n_max, np.inf)
+        measured = [n - 1 for n in self.sizes if n <= n_max]
+        offered[measured] = self.row(context, n_max)[measured]
+        return offered
 
     def ratio(self, n: float, context: float) -> float:
         """Return t(n) / t(1)."""
@@ -74,24 +86,24 @@ class CostCurve:
     def to_json(self) -> dict[str, Any]:
         """Return lists and numbers that `json.dumps` takes."""
         return {
-            "contexts": [int(c) for c in self.contexts],
+            "contexts": [int(context) for context in self.contexts],
             "sizes": [int(n) for n in self.sizes],
             "seconds": [[float(s) for s in row] for row in self.seconds],
         }
 
     @classmethod
     def from_json(cls, data: Any) -> CostCurve | None:
-        """Return the curve that `to_json` wrote, or None for anything else: then it is measured again.
+        """Return the curve that `to_json` wrote, or None for anything else.
 
-        Refused are other keys, wrong types and lengths, unsorted sizes or contexts, and times that are not positive
-        and finite.
+        Refused are other keys, wrong types and lengths, unsorted sizes or contexts, and times that
+        are not positive and finite: then the curve is measured again.
         """
         if not isinstance(data, dict) or data.keys() != {"contexts", "sizes", "seconds"}:
             return None
-        contexts, sizes, seconds = data["contexts"], data["sizes"], data["seconds"]
-        if not _sound(contexts, sizes, seconds):
+        if not _is_sound(data["contexts"], data["sizes"], data["seconds"]):
             return None
-        return cls(tuple(contexts), tuple(sizes), tuple(tuple(float(s) for s in row) for row in seconds))
+        seconds = tuple(tuple(float(s) for s in row) for row in data["seconds"])
+        return cls(tuple(data["contexts"]), tuple(data["sizes"]), seconds)
 
 
 def measure_curve(
@@ -104,38 +116,53 @@ def measure_curve(
 ) -> CostCurve:
     """Time batches of all sizes at all contexts; keep medians.
 
-    run(n, context) decodes one batch of n tokens over `context` cached ones and returns its seconds. Contexts come
-    one after another, as changing them costs the caller a prefill. At each, whole rounds over all sizes alternate,
-    every other one backwards. Right before each batch one of a single token is timed, and what is kept is the median
-    of the ratios, times the median of the single tokens: a machine that is slow for seconds slows both.
+    run(n, context) decodes one batch of n tokens over `context` cached ones and returns its
+    seconds. Contexts come one after another, as changing them costs the caller a prefill. At each,
+    whole rounds over all sizes alternate, every other one backwards. Right before each batch one of
+    a single token is timed, and what is kept is the median of the ratios, times the median of the
+    single tokens: a machine that is slow for seconds slows both.
 
-    budget_s: seconds for everything by `clock`, what `run` does besides its batch included; each context has an
-    equal share of it. Rounds go on as long as another fits; 3 are made in any case: a median of fewer keeps its spikes.
+    budget_s: seconds for everything by `clock`, what `run` does besides its batch included; each
+    context has an equal share of it. Rounds go on as long as another fits; 3 are made in any case,
+    as a median of fewer keeps its spikes.
     """
-    assert _ascending(sizes, 1) and sizes[0] == 1 and _ascending(contexts, 0), f"sizes {sizes}, contexts {contexts}"
-    share = budget_s / len(contexts)
-    rows = [_measure_row(run, sizes, context, share, clock) for context in contexts]
+    assert _is_ascending(sizes, 1) and sizes[0] == 1, f"sizes {sizes}, contexts {contexts}"
+    assert _is_ascending(contexts, 0), f"sizes {sizes}, contexts {contexts}"
+    share_s = budget_s / len(contexts)
+    rows = [_measure_row(run, sizes, context, share_s, clock) for context in contexts]
     return CostCurve(tuple(contexts), tuple(sizes), tuple(rows))
 
 
 def _measure_row(
-    run: Callable[[int, int], float], sizes: Sequence[int], context: int, budget_s: float, clock: Callable[[], float]
+    run: Callable[[int, int], float],
+    sizes: Sequence[int],
+    context: int,
+    budget_s: float,
+    clock: Callable[[], float],
 ) -> tuple[float, ...]:
-    ones, ratios = list[float](), {n: list[float]() for n in sizes[1:]}
-    start, rounds = clock(), 0
+    """Return (S,) seconds at one context."""
+    upwards = sizes[1:]
+    ones = list[float]()
+    ratios: dict[int, list[float]] = {n: [] for n in upwards}
+    start = clock()
+    rounds = 0
     while True:
-        before = clock()
-        for n in sizes[1:] if rounds % 2 == 0 else sizes[:0:-1]:
-            ones.append(run(1, context))
-            ratios[n].append(run(n, context) / ones[-1])
+        round_start = clock()
+        for n in upwards if rounds % 2 == 0 else upwards[::-1]:
+            one_s = run(1, context)
+            ones.append(one_s)
+            ratios[n].append(run(n, context) / one_s)
         rounds += 1
-        if rounds >= MIN_ROUNDS and 2 * clock() - before - start > budget_s:  # another one like this
-            one = float(median(ones))
-            return (one, *(one * float(median(each)) for each in ratios.values()))
+        now = clock()
+        after_another = now + (now - round_start) - start
+        if rounds >= MIN_ROUNDS and after_another > budget_s:
+            break
+    one_s = float(median(ones))
+    return (one_s, *(one_s * float(median(each)) for each in ratios.values()))
 
 
-def _line(xs: Sequence[int], ys: FloatArray, x: float) -> FloatArray:
-    """Interpolate ys (X, …) at x; ys[0] below the first x; beyond the last, its slope or none where it falls."""
+def _interpolate(xs: Sequence[int], ys: FloatArray, x: float) -> FloatArray:
+    """Return ys (X, …) at x: ys[0] below the first x; beyond the last, its slope, never a fall."""
     if x <= xs[0] or len(xs) == 1:
         first: FloatArray = ys[0]
         return first
@@ -150,24 +177,33 @@ def _line(xs: Sequence[int], ys: FloatArray, x: float) -> FloatArray:
 @lru_cache(maxsize=16)
 def _all_sizes(curve: CostCurve, n_max: int) -> FloatArray:
     """(C, n_max) seconds for n = 1 … n_max at the measured contexts."""
-    return np.stack([_line(curve.sizes, curve._by_size, n) for n in range(1, n_max + 1)], axis=1)
+    columns = [_interpolate(curve.sizes, curve._by_size, n) for n in range(1, n_max + 1)]
+    return np.stack(columns, axis=1)
 
 
-def _ascending(numbers: Any, first: int) -> bool:
+def _is_ascending(numbers: Any, first: int) -> bool:
     """Whether these are whole numbers, each greater than the one before, none below `first`."""
     if not isinstance(numbers, (list, tuple)) or not numbers:
         return False
-    whole = all(isinstance(x, int) and not isinstance(x, bool) and first <= x < 2**31 for x in numbers)
-    return whole and all(a < b for a, b in pairwise(numbers))
+    if not all(type(x) is int and first <= x < 2**31 for x in numbers):
+        return False
+    return all(a < b for a, b in pairwise(numbers))
 
 
-def _sound(contexts: Any, sizes: Any, seconds: Any) -> bool:
+def _is_sound(contexts: Any, sizes: Any, seconds: Any) -> bool:
     """Whether these three make a cost curve; they may be of any type."""
-    if not (_ascending(contexts, 0) and _ascending(sizes, 1) and sizes[0] == 1 and len(sizes) > 1):
+    if not _is_ascending(contexts, 0) or not _is_ascending(sizes, 1):
+        return False
+    if sizes[0] != 1 or len(sizes) < 2:
         return False
     if not isinstance(seconds, (list, tuple)) or len(seconds) != len(contexts):
         return False
     if not all(isinstance(row, (list, tuple)) and len(row) == len(sizes) for row in seconds):
         return False
-    numbers = all(isinstance(s, (int, float)) and not isinstance(s, bool) for row in seconds for s in row)
-    return numbers and all(0 < s < LONGEST_S for row in seconds for s in row)  # NaN is neither
+    return all(_is_time(s) for row in seconds for s in row)
+
+
+def _is_time(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return 0 < value < LONGEST_S  # NaN is neither

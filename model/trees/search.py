@@ -1,12 +1,14 @@
-"""The tree that earns most tokens per second, from rank accuracies and measured times. Knows no model and no clock.
+"""The search for the tree that earns most tokens per second. Knows no model and no clock.
 
-Accuracies: (K, R); [k, r] is the probability that guess r of head k + 1 is right, given that its parent was
-accepted. It depends on depth and rank only (Sequoia's positional acceptance, arXiv 2402.12374), so a node's
-probability is the product along its path, and the expected tokens of a step are 1 + the sum over all nodes.
+It takes rank accuracies and measured times. Accuracies: (K, R); [k, r] is the probability that
+guess r of head k + 1 is right, given that its parent was accepted. It depends on depth and rank
+only (Sequoia's positional acceptance, arXiv 2402.12374), so a node's probability is the product
+along its path, and the expected tokens of a step are 1 + the sum over all nodes.
 
-A child is never likelier than its parent. So the m likeliest nodes always form a tree, and no tree of m nodes has
-a greater sum: growing by the likeliest node (Medusa, arXiv 2401.10774, "optimized tree construction") is exact
-here, and Sequoia's dynamic programme, which tests/test_search.py holds against it, finds nothing better.
+A child is never likelier than its parent. So the m likeliest nodes always form a tree, and no tree
+of m nodes has a greater sum: growing by the likeliest node (Medusa, arXiv 2401.10774, "optimized
+tree construction") is exact here, and Sequoia's dynamic programme, which
+tests/unit/test_search.py holds against it, finds nothing better.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from math import prod
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,15 +27,15 @@ from model.trees.tree import MAX_LEAVES, RankPath, Tree
 
 FloatArray = npt.NDArray[np.float64]
 Ranked = list[list[tuple[float, int]]]  # per head: (accuracy, rank), likeliest first
-Growth = list[tuple[float, RankPath]]  # nodes in the order in which they join the tree, with their probabilities
+Growth = list[tuple[float, RankPath]]  # (probability, node), in the order in which nodes join
 
 
-@dataclass(frozen=True)
-class Choice:
+@dataclass(frozen=True, kw_only=True)
+class TreeChoice:
     """A tree and what it is expected to earn.
 
-    expected_length: tokens per step. seconds: per step, drafting included. speedup: against plain decoding, which
-    takes the time of one token and drafts nothing.
+    expected_length: tokens per step. seconds: per step, drafting included. speedup: against plain
+    decoding, which takes the time of one token and drafts nothing.
     """
 
     tree: Tree
@@ -43,28 +46,35 @@ class Choice:
 
 
 def grow(accuracies: npt.ArrayLike, n_max: int, *, max_leaves: int = MAX_LEAVES) -> list[RankPath]:
-    """Return up to n_max rank paths of which the first m are the best tree of m drafted nodes, for every m.
+    """Return up to n_max rank paths of which the first m are the best tree of m drafted nodes.
 
-    accuracies: (K, R). Parents come before their children. Equally likely nodes: the shallower first, then the lower
-    ranks. A rank that is likelier than the ones before it comes without them. Nodes of probability 0 are left out,
-    and so is what would make more than max_leaves leaves (there the growth is greedy, no longer the optimum).
+    accuracies: (K, R). Parents come before their children. Equally likely nodes: the shallower
+    first, then the lower ranks. A rank that is likelier than the ones before it comes without them.
+    Nodes of probability 0 are left out, and so is what would make more than max_leaves leaves
+    (there the growth is greedy, no longer the optimum).
     Raises UsageError for accuracies that are not (K, R) or not within 0 … 1.
     """
-    return [path for _, path in _grow(_ranked(_checked(accuracies)), n_max, max_leaves)]
+    growth = _grow(_ranked(_checked(accuracies)), n_max, max_leaves)
+    return [path for _, path in growth]
 
 
 def expected_lengths(accuracies: npt.ArrayLike, paths: Sequence[RankPath]) -> FloatArray:
-    """Return (len(paths) + 1,) tokens per step with the first m = 0, 1, … nodes: 1 + the sum of their probabilities.
+    """Return (len(paths) + 1,) tokens per step with the first m = 0, 1, … nodes.
 
-    accuracies: (K, R). paths: drafted nodes, parents before their children, without the root.
+    That is 1 + the sum of their probabilities. accuracies: (K, R). paths: drafted nodes, parents
+    before their children, without the root.
     Raises UsageError for accuracies as `grow` does, and for a path outside of them.
     """
     table = _checked(accuracies)
+    n_heads, n_ranks = table.shape
     for path in paths:
-        if not 0 < len(path) <= len(table) or not all(0 <= r < table.shape[1] for r in path):
-            raise UsageError(f"tree: the path {list(path)} is outside of accuracies of shape {table.shape}")
+        inside = all(0 <= rank < n_ranks for rank in path)
+        if not inside or not 0 < len(path) <= n_heads:
+            raise UsageError(
+                f"tree: the path {list(path)} is outside of accuracies of shape {table.shape}"
+            )
     rows = table.tolist()
-    return _lengths([prod(rows[d][r] for d, r in enumerate(path)) for path in paths])
+    return _lengths([prod(rows[d][rank] for d, rank in enumerate(path)) for path in paths])
 
 
 def best_tree(
@@ -74,17 +84,20 @@ def best_tree(
     draft_seconds: npt.ArrayLike,
     max_nodes: int,
     max_leaves: int = MAX_LEAVES,
-) -> Choice:
-    """Return the tree with the most expected tokens per second; the root alone where nothing pays.
+) -> TreeChoice:
+    """Return the tree with the most expected tokens per second; the root alone if nothing pays.
 
-    accuracies: (K, R). step_seconds: (max_nodes,) or more, the time to verify n = 1, 2, … nodes, the root included;
-    infinity keeps a size from being chosen. draft_seconds: a number or (K,), what a step pays for drafting when its
-    tree is 1 … K deep, not falling; a step without drafts pays nothing. max_nodes: with the root.
-    Every size is tried, with every depth and as a chain. Of equals the smaller tree wins, then the chain,
-    then the shallower. Unless max_leaves binds, no tree at all earns more. Raises UsageError as `grow` does.
+    accuracies: (K, R). step_seconds: (max_nodes,) or more, the time to verify n = 1, 2, … nodes,
+    the root included; infinity keeps a size from being chosen. draft_seconds: a number or (K,),
+    what a step pays for drafting when its tree is 1 … K deep, not falling; a step without drafts
+    pays nothing. max_nodes: with the root.
+
+    Every size is tried, with every depth and as a chain. Of equals the smaller tree is taken, then
+    the chain, then the shallower. Unless max_leaves binds, no tree at all earns more.
+    Raises UsageError as `grow` does.
     """
-    plain, best = _sweep(accuracies, step_seconds, draft_seconds, max_nodes, max_leaves)
-    return _choice(max(best, key=lambda c: c.rate), plain)
+    plain_s, best = _sweep(accuracies, step_seconds, draft_seconds, max_nodes, max_leaves)
+    return _choice(max(best, key=lambda candidate: candidate.rate), plain_s)
 
 
 def all_choices(
@@ -94,18 +107,22 @@ def all_choices(
     draft_seconds: npt.ArrayLike,
     max_nodes: int,
     max_leaves: int = MAX_LEAVES,
-) -> list[Choice]:
+) -> list[TreeChoice]:
     """Return the best tree of each size from 1 (the root alone) on, for tables and pictures.
 
-    Takes and raises what `best_tree` does. Sizes are left out where the likely nodes run out, or the time is infinite.
+    Takes and raises what `best_tree` does. Sizes are left out where the likely nodes run out, or
+    the time is infinite.
     """
-    plain, best = _sweep(accuracies, step_seconds, draft_seconds, max_nodes, max_leaves)
-    return [_choice(c, plain) for c in best]
+    plain_s, best = _sweep(accuracies, step_seconds, draft_seconds, max_nodes, max_leaves)
+    return [_choice(candidate, plain_s) for candidate in best]
 
 
 @dataclass(frozen=True)
 class _Candidate:
-    """The first n - 1 nodes of a growth; no Tree yet, as building one takes longer than judging it."""
+    """The first n - 1 nodes of a growth.
+
+    There is no Tree yet, as building one takes longer than judging it.
+    """
 
     n: int
     growth: Growth
@@ -124,62 +141,100 @@ def _sweep(
     max_nodes: int,
     max_leaves: int,
 ) -> tuple[float, list[_Candidate]]:
-    """Return plain decoding's seconds per token, and the best candidate of each size, smallest first."""
+    """Return plain decoding's seconds per token, and each size's best candidate, smallest first."""
     table = _checked(accuracies)
-    steps, draft = np.asarray(step_seconds, np.float64), np.asarray(draft_seconds, np.float64)
+    steps = np.asarray(step_seconds, np.float64)
+    draft = np.asarray(draft_seconds, np.float64)
     assert 0 < max_nodes <= len(steps) and max_leaves > 0, f"{max_nodes} nodes, {len(steps)} times"
     assert bool((steps > 0).all()) and steps[0] < np.inf, "verify times are above 0"
-    assert draft.shape in ((), (len(table),)) and bool((draft >= 0).all()), "a drafting time per depth"
+    assert draft.shape in ((), (len(table),)), "one drafting time, or one per depth"
+    assert bool((draft >= 0).all()), "drafting times are not below 0"
     draft = np.broadcast_to(draft, len(table))
-    best = {1: _Candidate(1, [], 1.0, float(steps[0]))}
+
+    plain_s = float(steps[0])
+    best = {1: _Candidate(1, [], 1.0, plain_s)}
     for growth in _growths(table, max_nodes - 1, max_leaves):
         depths = np.maximum.accumulate([len(path) for _, path in growth])
         seconds = (steps[1 : len(growth) + 1] + draft[depths - 1]).tolist()
-        for n, (expected, s) in enumerate(zip(_lengths([p for p, _ in growth])[1:].tolist(), seconds, strict=True), 2):
-            if s < np.inf and (n not in best or expected / s > best[n].rate):
-                best[n] = _Candidate(n, growth, expected, s)
-    return float(steps[0]), [best[n] for n in sorted(best)]
+        expected = _lengths([probability for probability, _ in growth])[1:].tolist()
+        for n, (tokens, each_s) in enumerate(zip(expected, seconds, strict=True), 2):
+            if each_s == np.inf:
+                continue
+            if n not in best or tokens / each_s > best[n].rate:
+                best[n] = _Candidate(n, growth, tokens, each_s)
+    return plain_s, [best[n] for n in sorted(best)]
 
 
 def _growths(table: FloatArray, n_max: int, max_leaves: int) -> list[Growth]:
-    """Return the chain of first guesses and a greedy growth for each depth (drafting costs by depth); none is empty."""
-    chain, p = Growth(), 1.0
+    """Return the chain of first guesses and a greedy growth for each depth; none is empty.
+
+    Each depth has its own, as drafting costs by depth.
+    """
+    chain = Growth()
+    probability = 1.0
     for depth, accuracy in enumerate(table[:n_max, :1].ravel().tolist(), 1):
-        p *= accuracy
-        if p == 0:
+        probability *= accuracy
+        if probability == 0:
             break
-        chain.append((p, (0,) * depth))
+        chain.append((probability, (0,) * depth))
     ranked = _ranked(table)
     grown = [_grow(ranked[:depth], n_max, max_leaves) for depth in range(1, len(ranked) + 1)]
     return [growth for growth in (chain, *grown) if growth]
 
 
-def _grow(ranked: Ranked, n_max: int, max_leaves: int) -> Growth:
-    """Take the likeliest node that may hang under the tree, n_max times; only its next sibling and first child join."""
-    grown, leaves = Growth(), 1
-    heap: list[tuple[float, int, RankPath, int, float]] = []  # -probability, depth, path, place, parent's probability
+class _Offer(NamedTuple):
+    """A node that may join the tree; the heap's order, the likeliest first.
 
-    def offer(parent: RankPath, parent_p: float, place: int) -> None:
+    guess_index: of its guess among the guesses of its depth, the likeliest first.
+    """
+
+    minus_probability: float
+    depth: int
+    path: RankPath
+    guess_index: int
+    parent_probability: float
+
+
+def _grow(ranked: Ranked, n_max: int, max_leaves: int) -> Growth:
+    """Take the likeliest node that may hang under the tree, n_max times.
+
+    Whenever a node joins, its first child and its next sibling are on offer; no others need be, as
+    they are not likelier.
+    """
+    grown = Growth()
+    leaves = 1
+    heap: list[_Offer] = []
+
+    def offer(parent: RankPath, parent_probability: float, index: int) -> None:
         depth = len(parent)
-        if depth < len(ranked) and place < len(ranked[depth]):
-            accuracy, rank = ranked[depth][place]
-            if accuracy * parent_p > 0:
-                heappush(heap, (-accuracy * parent_p, depth + 1, (*parent, rank), place, parent_p))
+        if depth >= len(ranked) or index >= len(ranked[depth]):
+            return
+        accuracy, rank = ranked[depth][index]
+        probability = accuracy * parent_probability
+        if probability > 0:
+            path = (*parent, rank)
+            heappush(heap, _Offer(-probability, depth + 1, path, index, parent_probability))
 
     offer((), 1.0, 0)
     while heap and len(grown) < n_max:
-        minus_p, _, path, place, parent_p = heappop(heap)
-        if place > 0 and leaves == max_leaves:  # a first child takes its parent's lane, a sibling needs one more
-            continue
-        leaves += place > 0
-        grown.append((-minus_p, path))
-        offer(path, -minus_p, 0)
-        offer(path[:-1], parent_p, place + 1)
+        node = heappop(heap)
+        if node.guess_index > 0:  # a first child continues its parent's leaf, a sibling is one more
+            if leaves == max_leaves:
+                continue
+            leaves += 1
+        probability = -node.minus_probability
+        grown.append((probability, node.path))
+        offer(node.path, probability, 0)
+        offer(node.path[:-1], node.parent_probability, node.guess_index + 1)
     return grown
 
 
 def _ranked(table: FloatArray) -> Ranked:
-    return [sorted(((a, r) for r, a in enumerate(row)), key=lambda pair: -pair[0]) for row in table.tolist()]
+    rows = table.tolist()
+    return [
+        sorted(((accuracy, rank) for rank, accuracy in enumerate(row)), key=lambda pair: -pair[0])
+        for row in rows
+    ]
 
 
 def _lengths(probabilities: list[float]) -> FloatArray:
@@ -187,9 +242,15 @@ def _lengths(probabilities: list[float]) -> FloatArray:
     return np.cumsum([1.0, *probabilities])
 
 
-def _choice(c: _Candidate, plain_s: float) -> Choice:
-    tree = Tree(path for _, path in c.growth[: c.n - 1])
-    return Choice(tree, c.expected, c.seconds, c.rate, c.expected * plain_s / c.seconds)
+def _choice(candidate: _Candidate, plain_s: float) -> TreeChoice:
+    rate = candidate.rate
+    return TreeChoice(
+        tree=Tree(path for _, path in candidate.growth[: candidate.n - 1]),
+        expected_length=candidate.expected,
+        seconds=candidate.seconds,
+        tokens_per_s=rate,
+        speedup=candidate.expected * plain_s / candidate.seconds,
+    )
 
 
 def _checked(accuracies: npt.ArrayLike) -> FloatArray:
