@@ -1,4 +1,7 @@
-"""Texts that repeat themselves: how much of one stood in it before, and where it runs in a circle. Knows ids only."""
+"""Loops: how much of a sequence stood in it before, and where it only repeats itself.
+
+Knows ids only.
+"""
 
 from __future__ import annotations
 
@@ -10,20 +13,23 @@ LOOP = 64  # tokens in a row that end an 8-gram which stood there before: nothin
 
 
 class LoopWatch:
-    """Follows one text token by token. It loops when each of its last 64 8-grams had stood in it before.
+    """Follows one sequence token by token.
 
-    repeated, total: its 8-grams. kept: what is left of a looping text, which ends with the last 8-gram that was new:
-    one whole pass of the circle and seven tokens of the next.
+    It loops when each of its last 64 8-grams had stood in it before. repeated, total: its 8-grams.
+    kept: what is left of a looping sequence, which ends with the last 8-gram that was new: one
+    whole turn of the loop and seven tokens of the next.
     """
 
     def __init__(self) -> None:
-        self.repeated = self.total = 0
-        self._length = self._run = 0
+        self.repeated = 0
+        self.total = 0
+        self._length = 0
+        self._run = 0
         self._last: deque[int] = deque(maxlen=GRAM)
         self._seen: set[tuple[int, ...]] = set()
 
-    def feed(self, token: int) -> bool:
-        """Take the next token; say whether the text loops."""
+    def add(self, token: int) -> bool:
+        """Take the next token; say whether the sequence loops."""
         self._last.append(token)
         self._length += 1
         if self._length < GRAM:
@@ -43,20 +49,22 @@ class LoopWatch:
 
 
 def without_loop(tokens: list[int]) -> tuple[list[int], bool]:
-    """Return a text up to where it begins to loop, and whether it does."""
+    """Return a sequence up to where it begins to loop, and whether it does."""
     watch = LoopWatch()
     for token in tokens:
-        if watch.feed(token):
+        if watch.add(token):
             return tokens[: watch.kept], True
     return tokens, False
 
 
-def count_repeats(texts: Iterable[Iterable[int]]) -> tuple[int, int]:
-    """Return how many 8-grams stood in the same text before, and how many there are."""
-    repeated = total = 0
-    for text in texts:
+def count_repeats(sequences: Iterable[Iterable[int]]) -> tuple[int, int]:
+    """Return how many 8-grams stood in the same sequence before, and how many there are."""
+    repeated = 0
+    total = 0
+    for tokens in sequences:
         watch = LoopWatch()
-        for token in text:
-            watch.feed(token)
-        repeated, total = repeated + watch.repeated, total + watch.total
+        for token in tokens:
+            watch.add(token)
+        repeated += watch.repeated
+        total += watch.total
     return repeated, total

@@ -1,16 +1,19 @@
-"""How a token is chosen from logits: greedy, or temperature, top-k, top-p, min-p and a seed. Knows nothing of drafts.
+"""How a token is chosen from logits: greedy, or temperature, top-k, top-p, min-p and a seed.
 
-The draw for the i-th new token uses the i-th number of the seed's stream, whatever the batch looked like:
-so plain and speculative decoding make the same draws, and a text can be replayed.
+Knows nothing of drafts. The draw for the i-th new token uses the i-th number of the seed's stream,
+whatever the batch looked like: so plain and speculative decoding make the same draws, and a
+sequence can be replayed.
 
-Penalties and grammars follow the text. Verification walks down the one path that stands, so a sampler that takes each
-token just after it has chosen it has followed exactly the tokens before every node: no branch needs a state of its own.
+Penalties and grammars follow the sequence. Verification walks down the one accepted path, so a
+sampler that takes each token just after it has chosen it has followed exactly the tokens before
+every node: no path of the draft tree needs a state of its own.
 """
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -21,23 +24,27 @@ from model.errors import UsageError
 Float32Array = npt.NDArray[np.float32]
 _BLOCK = 256
 _SECOND = 1 << 40  # draws from here on are for tokens that a grammar made choose once more
-COLD = 1e-4  # temperatures below are greedy: e^(difference / T) would overflow or round to it anyway
+# temperatures below are greedy: e^(difference / T) would overflow or round to it anyway
+COLD = 1e-4
 _CANDIDATES = 256  # top-p sorts this many first; they nearly always hold the mass
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """temperature 0 is greedy; top_k 0, top_p 1.0, min_p 0, repeat_penalty 1.0 and other penalties of 0 are off.
+    """How tokens are chosen. Raises UsageError for values that mean nothing.
 
-    min_p: a token must be this likely, beside the likeliest. presence_penalty, frequency_penalty: taken from the logits
-    of new tokens, once and per time they came up. repeat_penalty: divides the logits of all tokens so far, prompt
-    included, where they are positive, and multiplies the negative ones. logit_bias: added at last, by token.
+    temperature 0 is greedy; top_k 0, top_p 1.0, min_p 0, repeat_penalty 1.0 and other penalties of
+    0 are off. seed: of the draws; None: another one each time. min_p: a token must be this likely,
+    beside the likeliest. presence_penalty, frequency_penalty: taken from the logits of new tokens,
+    once and per time they came up. repeat_penalty: divides the logits of all tokens so far, prompt
+    included, where they are positive, and multiplies the negative ones. logit_bias: added at last,
+    by token.
     """
 
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int | None = 0
     min_p: float = 0.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
@@ -50,8 +57,8 @@ class SamplingParams:
         if self.top_k < 0:
             raise UsageError(f"top_k {self.top_k} is negative; 0 is off")
         if not 0 < self.top_p <= 1:
-            raise UsageError(f"top_p {self.top_p} is outside 0 … 1")
-        if self.seed < 0:
+            raise UsageError(f"top_p {self.top_p} is not above 0 and at most 1")
+        if self.seed is not None and self.seed < 0:
             raise UsageError(f"seed {self.seed} is negative")
         if not 0 <= self.min_p <= 1:
             raise UsageError(f"min_p {self.min_p} is outside 0 … 1")
@@ -62,7 +69,9 @@ class SamplingParams:
             raise UsageError(f"repeat_penalty {self.repeat_penalty} is outside 0.01 … 100")
         for token, bias in self.logit_bias.items():
             if not abs(bias) <= 1e6:
-                raise UsageError(f"logit_bias {bias} of token {token} is no number within ±1,000,000")
+                raise UsageError(
+                    f"logit_bias {bias} of token {token} is no number within ±1,000,000"
+                )
 
     @property
     def penalized(self) -> bool:
@@ -71,7 +80,7 @@ class SamplingParams:
 
 
 class Grammar(Protocol):
-    """What may follow in a text that keeps to a grammar; `model.base.grammar` has llama.cpp's."""
+    """Which tokens a grammar allows next; `model.base.grammar` has llama.cpp's."""
 
     def allows(self, token: int) -> bool:
         """Say whether a token may come next."""
@@ -87,12 +96,17 @@ class Grammar(Protocol):
 
 
 class Sampler:
-    """Chooses tokens for one text; `take` tells it what was chosen where `follows` says that it must know.
+    """Chooses the tokens of one sequence.
 
-    prompt: the tokens before the text, for repeat_penalty.
+    `take` tells it what was chosen where `follows` says that it must know. prompt: the tokens
+    before, for repeat_penalty.
     """
 
-    def __init__(self, params: SamplingParams, prompt: Sequence[int] = (), grammar: Grammar | None = None) -> None:
+    def __init__(
+        self, params: SamplingParams, prompt: Sequence[int] = (), grammar: Grammar | None = None
+    ) -> None:
+        if params.seed is None:
+            params = replace(params, seed=secrets.randbits(32))
         self.params = params
         self._rng = np.random.default_rng(params.seed)
         self._draws: list[float] = []
@@ -105,7 +119,7 @@ class Sampler:
         self._seen = set(prompt) if params.repeat_penalty != 1 else set[int]()
 
     def take(self, token: int) -> None:
-        """Note that the text goes on with a token."""
+        """Take note of the sequence's next token."""
         self._counts[token] = self._counts.get(token, 0) + 1
         if self.params.repeat_penalty != 1:
             self._seen.add(token)
@@ -114,7 +128,8 @@ class Sampler:
 
     def _shaped(self, logits: Float32Array) -> Float32Array:
         """Return logits with penalties and biases."""
-        p, out = self.params, logits.copy()
+        p = self.params
+        out = logits.copy()
         if p.repeat_penalty != 1 and self._seen:
             ids = np.fromiter(self._seen, np.int64, len(self._seen))
             rows = out[ids]
@@ -130,21 +145,22 @@ class Sampler:
 
     def _draw(self, index: int) -> float:
         if index >= _SECOND:
-            return float(np.random.default_rng([self.params.seed, index]).random())
+            return float(np.random.default_rng([self.params.seed or 0, index]).random())
         while index >= len(self._draws):
             self._draws += self._rng.random(_BLOCK).tolist()
         return self._draws[index]
 
     def choose(self, logits: Float32Array, index: int) -> int:
-        """Return the token for logits (V,) as the `index`-th new token of the text (from 0)."""
+        """Return the token for logits (V,) as the `index`-th new token (from 0)."""
         if self._shapes:
             logits = self._shaped(logits)
         token = self._pick(logits, index)
         if self._grammar is None or self._grammar.allows(token):
             return token
-        # As llama.cpp does: nearly always the grammar allows what the model wants, and masking looks at every token.
-        # Without top-k, top-p and min-p, which look at what they are given, it is a draw from the masked distribution:
-        # p(x) + (1 - P) · p(x) / P = p(x) / P, where P is the share that is allowed.
+        # As llama.cpp does: nearly always the grammar allows what the model wants, and masking
+        # looks at every token. Without top-k, top-p and min-p, which look at what they are given,
+        # it is a draw from the masked distribution: p(x) + (1 - P) · p(x) / P = p(x) / P, where P
+        # is the share that is allowed.
         return self._pick(self._grammar.masked(logits), index + _SECOND)
 
     def _pick(self, logits: Float32Array, index: int) -> int:
@@ -181,9 +197,12 @@ class Sampler:
         return np.sort(ids)
 
     def log_shares(self, logits: Float32Array) -> npt.NDArray[np.float64]:
-        """Return the log probabilities (V,) that `choose` draws from, without what follows the text; not when greedy.
+        """Return the log probabilities (V,) that `choose` draws from, penalties left out.
 
-        Biases, top-k, top-p, min-p and temperature are in them; what they leave out is minus infinity.
+        Not to be asked where the choice is greedy.
+
+        Biases, top-k, top-p, min-p and temperature are in them; what they leave out is minus
+        infinity.
         """
         if self._shapes:
             logits = self._shaped(logits)
@@ -195,10 +214,11 @@ class Sampler:
     def margin(self, logits: Float32Array, token: int, index: int) -> float:
         """Return by how much logits would have to differ for `token` to be chosen: 0 when it is.
 
-        If every logit moves by no more than ε, a choice with a margin above 2ε cannot change. Greedy: the
-        distance to the best logit. Sampling: T times the distance in log-odds between the draw and the
-        token's interval of the cumulated distribution (a cumulated share's odds move by e^(2ε/T) at the
-        most). With top-k, top-p or min-p the kept set may jump, so there a different choice has no finite margin.
+        If every logit moves by no more than ε, a choice with a margin above 2ε cannot change.
+        Greedy: the distance to the best logit. Sampling: T times the distance in log-odds between
+        the draw and the token's interval of the cumulated distribution (a cumulated share's odds
+        move by e^(2ε/T) at the most). With top-k, top-p or min-p the kept set may jump, so there a
+        different choice has no finite margin.
         """
         if self.choose(logits, index) == token:
             return 0.0

@@ -1,18 +1,23 @@
-"""Draft → verify → accept: one step for one running text or for many. Knows no text, no heads and no requests."""
+"""Draft → verify → accept: one step for one running sequence or for many.
+
+Knows no queue, no text and no heads.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import lru_cache
-from time import perf_counter
+import collections.abc as abc
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from model.base.llama import LaneRows
-from model.decoding.planning import Plan, Proposal
-from model.decoding.slot import Slot
+from model.base.llama import RowSeqIds
+from model.decoding.draft import Draft, Proposal, assemble
+from model.decoding.draft_policy import DraftPolicy
+from model.decoding.drafters.drafter import TreeDrafter
+from model.decoding.sequence import Sequence
+from model.decoding.statistics import StageRecorder
+from model.decoding.tree_cache import Cache, roll_back, tree_rows
 from model.decoding.verification import verify, verify_typically
 from model.trees.tree import Tree
 
@@ -20,138 +25,123 @@ Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 
 
-class Base(Protocol):
-    """What a step needs of `model.base.llama.LlamaBase`."""
+class Base(Cache, Protocol):
+    """What decoding needs of `model.base.llama.LlamaBase`."""
 
     embeddings: bool
-    n_seq_max: int
 
-    def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int: ...  # noqa: D102
+    def place(self, offset: int, tokens: list[int], pos: list[int], seq_ids: RowSeqIds) -> int: ...  # noqa: D102
     def want_states(self, wanted: bool) -> None: ...  # noqa: D102
-    def decode(self, tokens: Int32Array, pos: int, seq: int, *, outputs: bool | None = None) -> None: ...  # noqa: D102
+    def decode(  # noqa: D102
+        self, tokens: Int32Array, pos: int, seq: int, *, outputs: bool | None = None
+    ) -> None: ...
     def decode_placed(self, n: int) -> None: ...  # noqa: D102
     def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None: ...  # noqa: D102
     def logits(self, n: int) -> Float32Array: ...  # noqa: D102
     def hidden(self, n: int) -> Float32Array: ...  # noqa: D102
-    def seq_rm(self, seq: int, start: int, end: int) -> None: ...  # noqa: D102
-    def seq_cp(self, source: int, target: int, start: int, end: int) -> None: ...  # noqa: D102
 
 
-@lru_cache(maxsize=1024)
-def lane_rows(tree: Tree, lanes: range) -> LaneRows:
-    """Give each node the lanes of all leaves under it, and the root every lane of the slot."""
-    assert len(tree.leaves) <= len(lanes), f"{len(tree.leaves)} leaves, {len(lanes)} lanes"
-    counts = tree.under.sum(1).astype(np.int32)
-    counts[0] = len(lanes)
-    ids = np.zeros((len(tree), len(lanes)), np.int32)
-    for node in range(1, len(tree)):
-        ids[node, : counts[node]] = lanes.start + np.flatnonzero(tree.under[node])
-    ids[0] = np.arange(lanes.start, lanes.stop)
-    return LaneRows(counts, ids[:, : int(counts.max())])
+def step(base: Base, sequences: abc.Sequence[Sequence], policy: DraftPolicy) -> None:
+    """Take every sequence one verify pass further: each gets one new token or more.
 
-
-def prefill(base: Base, slot: Slot) -> None:
-    """Decode the prompt but its last token, which roots the first step."""
-    base.prefill(np.array(slot.tokens[:-1], np.int32), 0, slot.lanes.start)
-    for lane in slot.lanes[1:]:
-        base.seq_cp(slot.lanes.start, lane, 0, len(slot.tokens) - 1)
-
-
-def step(base: Base, slots: Sequence[Slot], plan: Plan) -> list[list[int]]:
-    """Take every slot one verify pass further; return the tokens that each has won (one or more).
-
-    Drafts with the slots' states and from their own texts, decodes all trees in one batch, keeps what the base model
-    would have chosen, rolls the rest back. Slots must not be finished; their prompts must be in the cache.
+    Sequences must not be finished, and all their tokens but the last must be in the cache.
     """
-    start = perf_counter()
-    proposals = plan.propose_all(slots)
-    drafts = _draft(slots, proposals)
-    trees = [_with_branch(proposal, tokens) for proposal, tokens in zip(proposals, drafts, strict=True)]
-    base.want_states(any(plan.wants_state(slot) for slot in slots))
-    drafted = perf_counter()
-    n, offsets = 0, list[int]()
-    for slot, tree, tokens in zip(slots, trees, drafts, strict=True):
-        offsets.append(n)
-        root = len(slot.tokens) - 1
-        n = base.place(n, tokens, [root + depth for depth in tree.depth_list], lane_rows(tree, slot.lanes))
-    placed = perf_counter()
-    base.decode_placed(n)
-    logits = base.logits(n)
-    states = base.hidden(n) if base.embeddings else None
-    decoded = perf_counter()
-    won, verify_s = list[list[int]](), 0.0
-    for slot, proposal, tree, tokens, at in zip(slots, proposals, trees, drafts, offsets, strict=True):
-        since = perf_counter()
-        rows, index = logits[at : at + len(tree)], len(slot.tokens) - slot.prompt_length
-        room = slot.limit - len(slot.tokens)
-        judge = verify_typically if slot.typical else verify
-        node, emitted, slot.finished = judge(tree, tokens, rows, slot.sampler, index, slot.ends, room)
-        verify_s += perf_counter() - since
-        if slot.trace is not None:
-            slot.trace += [rows[n].copy() for n in tree.path_to(node)]
-        slot.hidden = None if states is None else states[at + node : at + node + 1].copy()
-        _roll_back(base, slot, tree, node)
-        slot.tokens += emitted
-        slot.stats.count(tree, node, len(emitted), len(proposal.tree))
-        won.append(emitted)
-    kept = perf_counter()
-    for slot, proposal, tokens, emitted in zip(slots, proposals, drafts, won, strict=True):
-        plan.learn(slot, proposal, tokens, emitted, n, kept - drafted)
-    cache_s, plan_s = kept - decoded - verify_s, perf_counter() - kept
-    stages = (drafted - start, placed - drafted, decoded - placed, verify_s, cache_s, plan_s)
-    for slot in slots:
-        slot.stats.add_times(start, stages, 1 / len(slots))
-    return won
+    recorder = StageRecorder()
+
+    # Draft: the policy says what, the drafters fill it.
+    proposals = policy.propose(sequences)
+    filled = _fill(sequences, proposals)
+    drafts = [
+        assemble(sequence.tokens[-1], proposal, guesses)
+        for sequence, proposal, guesses in zip(sequences, proposals, filled, strict=True)
+    ]
+    base.want_states(any(policy.wants_hidden(sequence) for sequence in sequences))
+    recorder.ended("draft")
+
+    # All trees go into one batch, a row per node.
+    offsets = _place(base, sequences, drafts)
+    n_rows = offsets[-1]
+    recorder.ended("tree")
+
+    base.decode_placed(n_rows)
+    logits = base.logits(n_rows)
+    states = base.hidden(n_rows) if base.embeddings else None
+    recorder.ended("decode")
+
+    # Verify: what the base model chooses at each node is accepted; the rest is rolled back.
+    accepted = list[tuple[int, list[int]]]()  # of each sequence: the last node, the tokens
+    for sequence, draft, offset in zip(sequences, drafts, offsets, strict=False):
+        node, emitted = _verify(sequence, draft, logits[offset : offset + len(draft.tree)])
+        recorder.ended("verify")
+        if states is None:
+            sequence.hidden = None
+        else:
+            sequence.hidden = states[offset + node : offset + node + 1].copy()
+        roll_back(base, sequence.seq_ids, len(sequence.tokens) - 1, draft.tree, node)
+        sequence.statistics.count(draft, node, len(emitted))
+        accepted.append((node, emitted))
+        recorder.ended("cache")
+
+    # Learn from what came of it, and from what it took; log probabilities, which cost by tokens and
+    # not by rows, are left out of that.
+    spent = recorder.seconds
+    seconds = spent["tree"] + spent["decode"] + spent["verify"] + spent["cache"]
+    for i, sequence in enumerate(sequences):
+        node, emitted = accepted[i]
+        sequence.accept(emitted, logits[offsets[i] : offsets[i + 1]], drafts[i].tree, node)
+        policy.record(sequence, proposals[i], filled[i], emitted, n_rows, seconds)
+    recorder.ended("policy")
+    for sequence in sequences:
+        sequence.statistics.add_seconds(recorder, 1 / len(sequences))
 
 
-def _draft(slots: Sequence[Slot], proposals: list[Proposal]) -> list[list[int]]:
-    """Return the tokens (N,) of each slot's heads' tree, the root's first; slots with the same drafter share a call."""
-    out = [[slot.tokens[-1]] for slot in slots]
-    groups: dict[int, list[int]] = {}
+def _place(base: Base, sequences: abc.Sequence[Sequence], drafts: list[Draft]) -> list[int]:
+    """Put the trees into the next batch; return where each one's rows begin, and where they end.
+
+    A node's position is its depth behind the committed tokens, of which the root is the last.
+    """
+    offsets = [0]
+    for sequence, draft in zip(sequences, drafts, strict=True):
+        root = len(sequence.tokens) - 1
+        positions = [root + depth for depth in draft.tree.depth_list]
+        rows = tree_rows(draft.tree, sequence.seq_ids)
+        offsets.append(base.place(offsets[-1], draft.tokens, positions, rows))
+    return offsets
+
+
+def _verify(sequence: Sequence, draft: Draft, logits: Float32Array) -> tuple[int, list[int]]:
+    """Return the last accepted node, and the tokens that the step gives the sequence."""
+    rule = verify_typically if sequence.typical_acceptance else verify
+    return rule(
+        draft.tree,
+        draft.tokens,
+        logits,
+        sequence.sampler,
+        index=sequence.n_new,
+        ends_with=sequence.ends_with,
+        room=sequence.max_length - len(sequence.tokens),
+    )
+
+
+def _fill(
+    sequences: abc.Sequence[Sequence], proposals: abc.Sequence[Proposal]
+) -> list[list[list[int]]]:
+    """Return for each sequence, for each tree of its proposal, the tokens of its nodes 1 … N-1.
+
+    Sequences with the same drafter share a call.
+    """
+    filled: list[list[list[int]]] = [[[]] * len(proposal.trees) for proposal in proposals]
+    calls: dict[TreeDrafter, list[tuple[int, int, Tree]]] = {}
     for i, proposal in enumerate(proposals):
-        if len(proposal.tree) > 1:
-            groups.setdefault(id(slots[i].drafter), []).append(i)
-    for members in groups.values():
-        drafter = slots[members[0]].drafter
-        assert drafter is not None
-        states = [state for i in members if (state := slots[i].hidden) is not None]
+        for k, (source, tree) in enumerate(proposal.trees):
+            drafter = sequences[i].tree_drafters[source]
+            calls.setdefault(drafter, []).append((i, k, tree))
+    for drafter, parts in calls.items():
+        states = [state for i, _, _ in parts if (state := sequences[i].hidden) is not None]
+        assert len(states) == len(parts), "a tree is drafted from a hidden state"
         hidden = states[0] if len(states) == 1 else np.concatenate(states)
-        drafted = drafter.draft(hidden, [out[i][0] for i in members], [proposals[i].tree for i in members])
-        for i, tokens in zip(members, drafted, strict=True):
-            out[i] += tokens
-    return out
-
-
-def _with_branch(proposal: Proposal, tokens: list[int]) -> Tree:
-    """Hang what may follow into the heads' tree, from where the two part; its tokens go behind the tree's."""
-    tree, following, branch = proposal
-    node = at = 0
-    while at < len(following):
-        child = tree.child_with(node, following[at], tokens)
-        if not child:
-            break
-        node, at = child, at + 1
-    more = following[at : at + branch]
-    tokens += more
-    return tree.with_branch(node, len(more))
-
-
-def _roll_back(base: Base, slot: Slot, tree: Tree, node: int) -> None:
-    """Make all lanes equal again: the old prefix, the root and the path to `node`, nothing else.
-
-    Cells of the path are shared with the other lanes (`seq_cp` copies no data), only from where they part.
-    """
-    if len(tree) == 1:
-        return
-    root, depth = len(slot.tokens) - 1, tree.depth_list[node]
-    shared = tree.shared_depths[node]
-    source = slot.lanes.start + shared.index(depth)
-    alone = len(slot.lanes) == base.n_seq_max  # nobody else's cells: one call for all lanes
-    if alone and tree.max_depth > depth:
-        base.seq_rm(-1, root + 1 + depth, -1)
-    for i, lane in enumerate(slot.lanes):
-        common, reached = (shared[i], tree.leaf_depths[i]) if i < len(shared) else (0, 0)
-        if common < (min(reached, depth) if alone else reached):  # each call scans all cells
-            base.seq_rm(lane, root + 1 + common, root + 1 + reached)
-        if common < depth:
-            base.seq_cp(source, lane, root + 1 + common, root + 1 + depth)
+        roots = [sequences[i].tokens[-1] for i, _, _ in parts]
+        guesses = drafter.draft(hidden, roots, [tree for _, _, tree in parts])
+        for (i, k, _), tokens in zip(parts, guesses, strict=True):
+            filled[i][k] = tokens
+    return filled

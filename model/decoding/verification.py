@@ -1,9 +1,10 @@
-"""Which drafted nodes stand: the base model's own choice decides at each node. Knows no cache and no clock.
+"""Which drafted nodes are accepted: the base model's own choice decides at each node.
 
-`verify_typically` is Medusa's other rule, which is lossy: what it lets stand is only likely enough.
+Knows no cache and no clock. `verify_typically` is Medusa's other rule, which is lossy: what it
+accepts is only likely enough.
 
-Exact for greedy decoding and for sampling alike: at every node the base model's token is chosen as plain
-decoding would choose it, and a child is accepted when it is that token.
+Exact for greedy decoding and for sampling alike: at every node the base model's token is chosen as
+plain decoding would choose it, and a child is accepted when it is that token.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import numpy.typing as npt
 from model.decoding.sampling import COLD, Sampler
 from model.trees.tree import Tree
 
-THRESHOLD, ALPHA = 0.09, 0.3  # upstream's posterior_threshold and posterior_alpha
+THRESHOLD = 0.09  # upstream's posterior_threshold
+ALPHA = 0.3  # upstream's posterior_alpha
 
 
 def verify(
@@ -25,27 +27,30 @@ def verify(
     tokens: list[int],
     logits: npt.NDArray[np.float32],
     sampler: Sampler,
+    *,
     index: int,
-    ends: Callable[[int], bool],
+    ends_with: Callable[[int], bool],
     room: int,
-) -> tuple[int, list[int], bool]:
+) -> tuple[int, list[int]]:
     """Walk down from the root while the chosen token is among the children.
 
-    tokens: (N,) the drafted tokens, the root's first; logits: (N, V); index: how many tokens the text has won so
-    far; ends(token) says whether the text ends with it; room: how many tokens it may still win, at least one.
-    Returns (last accepted node, tokens won: one per accepted node and the base model's own, whether the text ended).
+    tokens: (N,) the drafted tokens, the root's first; logits: (N, V); index: how many new tokens
+    the sequence has; ends_with(token) says whether it ends with it; room: how many tokens it may
+    still get, at least one. Returns (last accepted node, emitted tokens: one per accepted node and
+    the base model's own).
     """
-    node, won = 0, list[int]()
+    node = 0
+    emitted = list[int]()
     while True:
-        token = sampler.choose(logits[node], index + len(won))
-        won.append(token)
+        token = sampler.choose(logits[node], index + len(emitted))
+        emitted.append(token)
         if sampler.follows:
             sampler.take(token)
-        if ends(token) or len(won) == room:
-            return node, won, True
+        if ends_with(token) or len(emitted) == room:
+            return node, emitted
         child = tree.child_with(node, token, tokens)
         if not child:
-            return node, won, False
+            return node, emitted
         node = child
 
 
@@ -54,35 +59,52 @@ def verify_typically(
     tokens: list[int],
     logits: npt.NDArray[np.float32],
     sampler: Sampler,
+    *,
     index: int,
-    ends: Callable[[int], bool],
+    ends_with: Callable[[int], bool],
     room: int,
-) -> tuple[int, list[int], bool]:
-    """Keep the longest path whose tokens are all typical, then choose as `verify` does: another distribution, lossy.
+) -> tuple[int, list[int]]:
+    """Accept the longest path whose tokens are all typical, then choose as `verify` does: lossy.
 
-    A token is typical where its probability exceeds min(THRESHOLD, ALPHA · exp(-entropy)) (Medusa, section 2.3.1).
-    Takes and returns what `verify` does; for greedy samplers, and those that follow the text, it is `verify`.
+    A token is typical where its probability exceeds min(THRESHOLD, ALPHA · exp(-entropy)) (Medusa,
+    arXiv 2401.10774, section 2.3.1). Takes and returns what `verify` does; for greedy samplers, and
+    those that follow the tokens, it is `verify`.
     """
     if sampler.params.temperature < COLD or sampler.follows:
-        return verify(tree, tokens, logits, sampler, index, ends, room)
-    best, last = (0, 0.0), 0  # depth and log probability of the path, and its end
+        return verify(tree, tokens, logits, sampler, index=index, ends_with=ends_with, room=room)
+    path = tree.path_to(_typical_leaf(tree, tokens, logits, sampler))
+    emitted = list[int]()
+    for parent, node in pairwise(path):
+        emitted.append(tokens[node])
+        if ends_with(tokens[node]) or len(emitted) == room:
+            return parent, emitted
+    last = path[-1]
+    token = sampler.choose(logits[last], index + len(emitted))
+    emitted.append(token)
+    ends_with(token)
+    return last, emitted
+
+
+def _typical_leaf(
+    tree: Tree, tokens: list[int], logits: npt.NDArray[np.float32], sampler: Sampler
+) -> int:
+    """Return the end of the deepest path of typical tokens; of equally deep ones the likeliest."""
+    best = (0, 0.0)  # depth and log probability
+    leaf = 0
     waiting = [(0, 0.0)]
     while waiting:
         node, so_far = waiting.pop()
         if (tree.depth_list[node], so_far) > best:
-            best, last = (tree.depth_list[node], so_far), node
+            best = (tree.depth_list[node], so_far)
+            leaf = node
         if not tree.children[node]:
             continue
         shares = sampler.log_shares(logits[node])
         likely = shares[np.isfinite(shares)]
         entropy = -float((np.exp(likely) * likely).sum())
         least = min(np.log(THRESHOLD), np.log(ALPHA) - entropy)
-        waiting += [(c, so_far + float(shares[tokens[c]])) for c in tree.children[node] if shares[tokens[c]] > least]
-    path, won = tree.path_to(last), list[int]()
-    for above, node in pairwise(path):
-        won.append(tokens[node])
-        if ends(tokens[node]) or len(won) == room:
-            return above, won, True
-    token = sampler.choose(logits[last], index + len(won))
-    won.append(token)
-    return last, won, ends(token) or len(won) == room
+        for child in tree.children[node]:
+            share = float(shares[tokens[child]])
+            if share > least:
+                waiting.append((child, so_far + share))
+    return leaf
