@@ -1,0 +1,240 @@
+"""Auto-tuning: step times of this machine and acceptance rates of this model, remembered.
+
+What is remembered belongs to one file, its heads, this machine and these versions; anything else is
+measured again. Knows no requests of users and no commands.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+
+from model.decoding.decoder import Decoder
+from model.decoding.drafters.drafter import HEADS, NGRAM, Drafters
+from model.decoding.request import Request
+from model.loaded_model import LoadedModel, new_drafters
+from model.planning.adaptive_policy import AdaptivePolicy
+from model.planning.cool_down import RETRY_SPEEDUP
+from model.planning.measured_acceptance import RANKS, measured_acceptance
+from model.planning.measured_steps import draft_seconds, step_curve
+from model.planning.sources import ContinuationSource, TreeSource
+from model.storage.facts import recall, remember
+from model.trees.costs import CostCurve
+from model.trees.search import TreeChoice, all_choices, grow
+from model.trees.tree import MAX_LEAVES, RankPath, Tree
+
+KIND = "tuning"  # of what is remembered
+# Tokens of n-grams: with the root a multiple of 4, which quantized kernels are fast at.
+MAX_CONTINUATION = 15
+# Of the best tree's speed: the adaptive policy may draft trees as large as those that reach it.
+NEARLY_BEST = 0.9
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What was measured for one file, its heads and this machine.
+
+    curve: seconds of a step without drafting. draft_s: (K,) seconds of drafting, by depth.
+    accuracies: (K, R), measured on what the model itself generates, over so many tokens. Both are
+    empty without heads.
+    """
+
+    curve: CostCurve
+    draft_s: list[float]
+    accuracies: list[list[float]]
+    tokens: int
+
+    def choices(self, context: int, max_nodes: int) -> list[TreeChoice]:
+        """Return the best tree of the heads for each size, from the root alone on."""
+        accuracies = np.array(self.accuracies) if self.accuracies else np.zeros((1, 1))
+        seconds = self.curve.on_offer(context, max_nodes)
+        return all_choices(
+            accuracies, seconds, draft_seconds=self.draft_s or 0.0, max_nodes=max_nodes
+        )
+
+    def best(self, context: int, max_nodes: int) -> TreeChoice:
+        """Return the fastest of these trees; the root alone where no draft is faster."""
+        return max(self.choices(context, max_nodes), key=lambda choice: choice.tokens_per_s)
+
+    def expected_speedup(
+        self,
+        steps_by_nodes: dict[int, int],
+        emitted: int,
+        steps_by_depth: dict[int, int],
+        context: float,
+    ) -> float:
+        """Return the speedup that these times give for steps that were made.
+
+        steps_by_nodes: how many, by their nodes. emitted: tokens of all steps. steps_by_depth:
+        those for which the heads drafted, by the depth of their tree. context: tokens in the cache.
+        """
+        seconds = 0.0
+        for nodes, steps in steps_by_nodes.items():
+            seconds += steps * self.curve.seconds_for(nodes, context)
+        for depth, steps in steps_by_depth.items():
+            seconds += steps * self.draft_s[depth - 1]
+        return emitted * self.curve.seconds_for(1, context) / seconds
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {**vars(self), "curve": self.curve.to_json()}
+
+    @classmethod
+    def from_json(cls, data: Any) -> Tuning | None:
+        """Read what was kept; None where it is damaged or of another form."""
+        try:
+            curve = CostCurve.from_json(data["curve"])
+            if curve is None:
+                return None
+            tuning = cls(curve, data["draft_s"], data["accuracies"], int(data["tokens"]))
+            times = np.array(tuning.draft_s, np.float64)
+            rates = np.array(tuning.accuracies, np.float64)
+        except (KeyError, TypeError, ValueError):
+            return None
+        n_dims = 2 if len(times) else 1
+        fitting = rates.shape[:1] == times.shape and rates.ndim == n_dims
+        sound = fitting and (times >= 0).all() and ((rates >= 0) & (rates <= 1)).all()
+        return tuning if sound else None
+
+
+def tuned(
+    loaded: LoadedModel,
+    requests: Sequence[Request],
+    *,
+    heads: bool,
+    draft_vocab: int | None = None,
+    afresh: bool = False,
+    budget_s: float = 1.0,
+    on_measure: Callable[[], None] = lambda: None,
+) -> Tuning:
+    """Return the remembered figures, or measure them now.
+
+    requests: what acceptance is measured on. heads: whether the heads are measured. afresh: measure
+    in any case. budget_s: see `measure`. on_measure: called before a measurement.
+    """
+    sampling = requests[0].sampling.temperature > 0
+    key = _key(loaded, sampling, heads, draft_vocab)
+    known = {} if afresh else recall(KIND)
+    kept = Tuning.from_json(known.get(key))
+    if kept is not None:
+        return kept
+    on_measure()
+    other_temperature = Tuning.from_json(known.get(_key(loaded, not sampling, heads, draft_vocab)))
+    curve = other_temperature.curve if other_temperature else None  # steps cost the same there
+    tuning = measure(
+        loaded, requests, heads=heads, draft_vocab=draft_vocab, budget_s=budget_s, curve=curve
+    )
+    remember(KIND, key, tuning.to_json())
+    return tuning
+
+
+def _key(loaded: LoadedModel, sampling: bool, heads: bool, draft_vocab: int | None) -> str:
+    n_heads = loaded.n_heads if heads else 0  # raises where heads are missing
+    weights = ""
+    if n_heads:  # what was learnt and how well it guesses, whenever it was written
+        facts = {name: fact for name, fact in loaded.heads_facts.items() if name != "token_counts"}
+        weights = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+    parts = (
+        loaded.file.file_fingerprint(),
+        weights,
+        n_heads,
+        draft_vocab,
+        loaded.options,
+        sampling,
+        version("llama-cpp-python"),
+        version("torch"),
+        platform.node(),
+        platform.processor(),
+    )
+    return " ".join(map(str, parts))
+
+
+def measure(
+    loaded: LoadedModel,
+    requests: Sequence[Request],
+    *,
+    heads: bool,
+    draft_vocab: int | None = None,
+    budget_s: float = 1.0,
+    curve: CostCurve | None = None,
+) -> Tuning:
+    """Measure step times, drafting times and acceptance rates.
+
+    budget_s: seconds for each of steps, drafting and acceptance, if one round takes no longer.
+    curve: of the same model on this machine, where it is known already.
+    """
+    curve = curve or step_curve(loaded, budget_s)
+    if not heads or not loaded.n_heads:
+        return Tuning(curve, [], [], 0)
+    tokens = int(min(64 * len(requests), max(64, budget_s / curve.seconds_for(1, 0))))
+    drafter = loaded.heads_drafter(Tree.chain(loaded.n_heads), draft_vocab, ranks=RANKS)
+    accuracies, seen = measured_acceptance(loaded, drafter, requests, tokens)
+    draft_s = draft_seconds(loaded, draft_vocab, budget_s)
+    return Tuning(curve, draft_s, accuracies.round(6).tolist(), seen)
+
+
+def adaptive_decoder(
+    loaded: LoadedModel, tuning: Tuning, *, ngram: bool, draft_vocab: int | None = None
+) -> Decoder:
+    """Make a decoder with the adaptive policy, for the heads that the tuning has, and n-grams."""
+    policy, drafters = adaptive_policy(loaded, tuning, ngram=ngram, draft_vocab=draft_vocab)
+    return loaded.decoder(policy, drafters)
+
+
+def adaptive_policy(
+    loaded: LoadedModel,
+    tuning: Tuning,
+    *,
+    ngram: bool,
+    draft_vocab: int | None = None,
+    max_leaves: int = MAX_LEAVES,
+) -> tuple[AdaptivePolicy, Drafters]:
+    """Make the policy that drafts what is fastest now, and the drafters of its sources.
+
+    max_leaves: of the draft tree of one sequence.
+    """
+    # N-grams.
+    max_nodes = loaded.options.max_nodes
+    sources = list[TreeSource | ContinuationSource]()
+    if ngram:
+        most = min(MAX_CONTINUATION, max_nodes - 1)
+        sources.append(ContinuationSource(name=NGRAM, max_tokens=most))
+        max_leaves = max(1, max_leaves - 1)  # a continuation is a leaf of its own
+
+    # The heads.
+    paths = _paths_to_grow(tuning, max_nodes, max_leaves)
+    if not paths:
+        policy = AdaptivePolicy(tuning.curve, sources, max_nodes=max_nodes)
+        return policy, new_drafters(None, ngram=ngram)
+    tree = Tree(paths)
+    draft_s = tuning.draft_s[: tree.max_depth]
+    if loaded.heads.config.head_type == "medusa":
+        draft_s = draft_s[-1:] * tree.max_depth  # all heads draft at once, however deep the tree
+    accuracies = np.array(tuning.accuracies)[: tree.max_depth]
+    heads = TreeSource(name=HEADS, paths=paths, accuracies=accuracies, draft_seconds=draft_s)
+    policy = AdaptivePolicy(tuning.curve, [*sources, heads], max_nodes=max_nodes)
+    return policy, new_drafters(loaded.heads_drafter(tree, draft_vocab), ngram=ngram)
+
+
+def _paths_to_grow(tuning: Tuning, max_nodes: int, max_leaves: int) -> list[RankPath]:
+    """Return the heads' rank paths in the order in which their tree grows.
+
+    None where not even the best tree may become faster than plain decoding.
+    """
+    if not tuning.draft_s:
+        return []
+    drafting = tuning.choices(tuning.curve.contexts[0], max_nodes)[1:]
+    best = max((choice.speedup for choice in drafting), default=0.0)
+    if best < RETRY_SPEEDUP:
+        return []
+    near = [choice.tree for choice in drafting if choice.speedup >= NEARLY_BEST * best]
+    depth = max(tree.max_depth for tree in near)
+    n_nodes = max(len(tree) for tree in near) - 1
+    return grow(np.array(tuning.accuracies)[:depth], n_nodes, max_leaves=max_leaves)

@@ -1,0 +1,145 @@
+"""The choice of draft policy: from what a user asks for, for commands, API and server alike.
+
+Knows neither how policies decide nor how they are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from model.base.prompt import encode_prompt
+from model.decoding.draft import ROOT_ONLY
+from model.decoding.draft_policy import DraftPolicy, FixedPolicy
+from model.decoding.drafters.drafter import HEADS, NGRAM, Drafters
+from model.decoding.drafters.sources import Sources, source_names
+from model.decoding.request import Request
+from model.decoding.sampling import SamplingParams
+from model.errors import ModelFileError, UsageError
+from model.loaded_model import LoadedModel, new_drafters
+from model.planning.auto_tuning import MAX_CONTINUATION, adaptive_policy, tuned
+from model.trees.tree import MAX_LEAVES, Tree
+
+TRIAL_TOKENS = 64
+WORDS = {HEADS: "heads", NGRAM: "n-grams"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DraftOptions:
+    """What a user asks for.
+
+    sources: heads, ngram, both or none; auto: n-grams and, where the model has heads, the heads;
+    with a tree the heads alone. tree: of the heads, in every step: a chain's length ("4"), widths
+    by depth ("2,2,1") or a JSON file of rank paths; "": the fastest as measured. fixed: for the
+    fastest tree: draft it in every step, so that runs can be repeated; otherwise what is fastest
+    changes with the output. draft_vocab: how many of the most frequent tokens the heads draft; see
+    LoadedModel.heads_drafter.
+    """
+
+    sources: Sources = "auto"
+    tree: str = ""
+    fixed: bool = False
+    draft_vocab: int | None = None
+
+
+class Drafting(NamedTuple):
+    """A policy, the drafters of its sources, and a description of it all."""
+
+    policy: DraftPolicy
+    drafters: Drafters
+    description: str
+
+
+def trial_requests(
+    loaded: LoadedModel, texts: Sequence[str], sampling: SamplingParams
+) -> list[Request]:
+    """Return the requests that drafts are measured on.
+
+    Their prompts fill half of the context at the most.
+    """
+    most = loaded.context // 2
+    prompts = [encode_prompt(loaded.base_model, text)[:most] for text in texts]
+    return [
+        Request(prompt=prompt, max_tokens=TRIAL_TOKENS, sampling=sampling) for prompt in prompts
+    ]
+
+
+def choose(
+    loaded: LoadedModel,
+    options: DraftOptions,
+    trial: Sequence[Request],
+    *,
+    max_leaves: int = MAX_LEAVES,
+    on_measure: Callable[[], None] = lambda: None,
+) -> Drafting:
+    """Return how to draft.
+
+    trial: what acceptance is measured on. max_leaves: of the draft tree of one sequence.
+    on_measure: called before a measurement. Raises HeadsError where heads are asked for and missing
+    or unfit, UsageError for the tree, ModelFileError for a model that cannot roll back a draft.
+    """
+    sources = _sources(loaded, options)
+    max_nodes = loaded.options.max_nodes
+    description = " and ".join(WORDS[source] for source in sources) or "nothing"
+    if not sources:
+        return Drafting(FixedPolicy(), Drafters(), description)
+    heads = HEADS in sources
+    ngram = NGRAM in sources
+
+    # The tree that was asked for, or the adaptive policy, or the fastest tree for good.
+    tree = ROOT_ONLY
+    if options.tree:
+        asked = Tree.parse(options.tree)
+        if heads:
+            tree = loaded.check_tree(asked)
+    else:
+        tuning = tuned(
+            loaded, trial, heads=heads, draft_vocab=options.draft_vocab, on_measure=on_measure
+        )
+        if not options.fixed:
+            policy, drafters = adaptive_policy(
+                loaded, tuning, ngram=ngram, draft_vocab=options.draft_vocab, max_leaves=max_leaves
+            )
+            description = f"{description}, up to {policy.max_nodes} nodes a step"
+            return Drafting(policy, drafters, description)
+        tree = tuning.best(tuning.curve.contexts[0], max_nodes).tree
+    heads_drafter = None
+    if len(tree) > 1:
+        heads_drafter = loaded.heads_drafter(tree, options.draft_vocab)
+    continuation = 0
+    if ngram:
+        continuation = min(MAX_CONTINUATION, max_nodes - len(tree))
+    description = f"{description}, a tree of {len(tree)} nodes"
+    drafters = new_drafters(heads_drafter, ngram=ngram)
+    return Drafting(FixedPolicy(tree, continuation), drafters, description)
+
+
+def _sources(loaded: LoadedModel, options: DraftOptions) -> list[str]:
+    """Return the names of the sources that draft, as far as the model has them."""
+    able = loaded.base_model.can_roll_back
+    wanted = source_names(options.sources)
+    if wanted is None:
+        wanted = _all_sources(loaded, tree=options.tree)
+    if NGRAM in wanted and not able:
+        raise ModelFileError(
+            f"{loaded.file.path}: this kind of model cannot roll back a draft; use draft none"
+        )
+    sources = list[str]()
+    if HEADS in wanted and loaded.n_heads > 0:  # raises where heads are missing or don't fit
+        sources.append(HEADS)
+    if NGRAM in wanted and loaded.options.max_nodes > 1:
+        sources.append(NGRAM)
+    return sources
+
+
+def _all_sources(loaded: LoadedModel, *, tree: str) -> frozenset[str]:
+    """Return the sources of "auto": all there are; with a tree the heads alone."""
+    sources = set[str]()
+    if loaded.heads_path is not None:
+        sources.add(HEADS)
+    elif tree:
+        raise UsageError(f"tree {tree}: {loaded.file.path} has no heads, and only they draft trees")
+    if loaded.base_model.can_roll_back and not tree:
+        sources.add(NGRAM)
+    return frozenset(sources)
