@@ -1,235 +1,396 @@
-"""A GGUF and the heads that belong to it, put together: contexts, drafters and ready-to-run decoders.
+"""The Python API: load a GGUF with its draft heads, then generate, stream and chat.
 
-The one place where heads meet decoding. Knows no command line and no environment; settings are passed in.
+    from model.engine import Engine
+
+    with Engine("model.gguf") as engine:
+        for chunk in engine.stream("def fibonacci(n):"):
+            print(chunk.text, end="")
+
+`LoadOptions` and `DraftOptions` say here what environment variables and options say to the
+commands. Knows no environment, no terminal and no HTTP.
 """
 
 from __future__ import annotations
 
-import json
-import logging
-from dataclasses import dataclass
+import os
+
+# Before numpy and llama.cpp are loaded, as main.py: numpy's threads would fight llama.cpp's, and
+# llama.cpp's wait awake for 3 ms, as between two decodes.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "300000")
+
+import collections.abc as abc
+import contextlib
+import inspect
+import threading
+import weakref
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from model.base.gguf_file import GGUFFile
-from model.base.llama import LlamaBase
-from model.base.llama_model import LlamaModel
-from model.base.lm_head import check_lm_head
-from model.base.load_check import check_loads
-from model.decoding.drafting import Drafter, Ranker
-from model.decoding.generation import Generation, Request
-from model.decoding.planning import ROOT_ONLY, FixedPlan, Plan
-from model.errors import HeadsError, ModelFileError, UsageError
-from model.trees.tree import Tree
+from typing_extensions import Self
 
-if TYPE_CHECKING:
-    from model.heads.medusa import MedusaHeads
+from model.base.chat import CHOICES, ChatTemplate, Message, chosen_template
+from model.base.llama import MAX_SEQUENCES
+from model.base.prompt import encode_prompt
+from model.decoding.decoder import Decoder
+from model.decoding.request import Request
+from model.decoding.sampling import SamplingParams
+from model.decoding.sequence import FinishReason, Output, Sequence
+from model.decoding.statistics import DraftStatistics
+from model.errors import DataError, UsageError
+from model.heads.known_heads import HEADS_FOLDER
+from model.loaded_model import LoadedModel, LoadOptions
+from model.planning.choice import Drafting, DraftOptions, choose, trial_requests
+from model.planning.prompt_files import TRIAL, read_prompt_file
 
-log = logging.getLogger(__name__)
-COVERED = 0.999  # of the training text: drafts are made of the tokens that make up so much of it
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """How a model is loaded; the fields are the environment variables of the same names."""
-
-    n_threads: int
-    context_size: int  # 0: as trained, at most 4,096
-    n_gpu_layers: int = 0
-    use_mmap: bool = True
-    use_mlock: bool = False
-    flash_attn: bool | None = None
-    kv_type: str = "f16"
-    k_heads: int | None = None
-    max_nodes: int = 64
+__all__ = ["Completion", "DraftOptions", "Engine", "LoadOptions", "SamplingParams", "Stream"]
+TextOrTokens = str | list[int]  # text, or token ids
 
 
-@dataclass
-class Decoder:
-    """One way to decode: a context, a plan, a drafter or none, drafts from the text so far or none."""
+@dataclass(frozen=True, kw_only=True)
+class Completion:
+    """The model's answer to one prompt, with its timings and draft statistics.
 
-    base: LlamaBase
-    plan: Plan
-    drafter: Drafter | None
-    context: int
-    ngrams: bool = False
+    text: without the stop string that ended it. tokens: the new ones, an end-of-generation token
+    included. finish_reason: why it ended; None: it was ended early, by `Stream.close()`.
+    prompt_tokens: how many the prompt has; cached_tokens: how many of them the prefix cache held.
+    prefill_s, decode_s: seconds for the prompt and for the new tokens. statistics: acceptance by
+    depth and by draft source, seconds by stage.
+    """
 
-    def __enter__(self) -> Decoder:
+    text: str
+    tokens: list[int]
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    cached_tokens: int
+    prefill_s: float
+    decode_s: float
+    statistics: DraftStatistics
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens per second of decoding."""
+        return len(self.tokens) / self.decode_s if self.decode_s else 0.0
+
+    @property
+    def acceptance_length(self) -> float:
+        """New tokens per step; plain decoding has 1.0."""
+        return self.statistics.acceptance_length
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted ÷ drafted nodes; 0 where nothing was drafted."""
+        drafted = sum(self.statistics.drafted)
+        return sum(self.statistics.accepted) / drafted if drafted else 0.0
+
+
+class Stream:
+    """A generation under way: iterate over it for `Output`s.
+
+    An Output has the `text` that has become certain since the last one, and its `tokens`; each
+    token says whether it was `drafted`. Afterwards, or after `close()`, which ends the generation
+    early, `completion` has the whole; until then the engine is busy.
+    """
+
+    def __init__(self, sequence: Sequence, outputs: abc.Generator[Output, None, None]) -> None:
+        self._sequence = sequence
+        self._outputs = outputs
+        self._text = list[str]()
+        self._engine_closed = False
+
+    def __iter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.base.close()
+    def __next__(self) -> Output:
+        self._refuse_other_threads()
+        if self._engine_closed and not self._sequence.finished:
+            raise UsageError("this engine is closed")
+        output = next(self._outputs)
+        self._text.append(output.text)
+        return output
 
-    def start(self, request: Request, *, keep_logits: bool = False) -> Generation:
-        """Begin a text on an empty cache."""
-        self.base.clear()
-        model = self.base.model
-        return Generation(
-            self.base,
-            model.piece,
-            model.eog,
-            request,
-            context=self.context,
-            plan=self.plan,
-            drafter=self.drafter,
-            ngrams=self.ngrams,
-            keep_logits=keep_logits,
-        )
+    def close(self) -> None:
+        """End the generation here; a second call does nothing."""
+        self._refuse_other_threads()
+        self._outputs.close()
+
+    def close_with_engine(self) -> None:
+        """End the generation here; reading on is then an error, not an end."""
+        self.close()
+        self._engine_closed = True
+
+    def _refuse_other_threads(self) -> None:
+        if inspect.getgeneratorstate(self._outputs) == inspect.GEN_RUNNING:
+            raise UsageError("another thread is waiting for this stream's next output")
+
+    @property
+    def completion(self) -> Completion:
+        """The whole so far."""
+        return _completion(self._sequence, "".join(self._text))
 
 
 class Engine:
-    """A loaded base model with its draft heads, if it has any."""
+    """A GGUF with its draft heads, ready to generate.
 
-    def __init__(self, path: Path, options: EngineOptions, weights: Path | None, heads_folder: Path) -> None:
-        self.file = check_loads(path)
-        self.options = options
-        self.model = LlamaModel(
-            path, n_gpu_layers=options.n_gpu_layers, use_mmap=options.use_mmap, use_mlock=options.use_mlock
+    path: the GGUF; of a split one, the first part.
+    heads_path: folder or file of the draft heads; None: those below `heads_folder` that belong to
+        the model, if there are any. Without heads, n-grams draft.
+    n_parallel: prompts that `generate` runs at the same time.
+    chat_template: auto (the GGUF's own), vicuna, or none.
+    load: threads, context size, GPU layers, KV cache type and the like.
+    draft: draft sources and tree; None: the fastest as measured on this machine.
+    on_measure: called before that measurement, which takes seconds at the first use of a model on a
+        machine and is remembered.
+
+    `loaded` is the model behind the API (file, tokenizer, heads), `template` its chat template, if
+    any. One thread at a time: while a generation is under way, another one raises UsageError.
+    `with Engine(...)` closes it, and `close()` does; both end an unfinished stream. Raises
+    ModelFileError, HeadsError and UsageError.
+    """
+
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        heads_path: Path | str | None = None,
+        heads_folder: Path = HEADS_FOLDER,
+        n_parallel: int = 1,
+        chat_template: str = "auto",
+        load: LoadOptions | None = None,
+        draft: DraftOptions | None = None,
+        on_measure: abc.Callable[[], None] = lambda: None,
+    ) -> None:
+        if not 1 <= n_parallel <= MAX_SEQUENCES:
+            raise UsageError(f"n_parallel {n_parallel} is outside 1 … {MAX_SEQUENCES}")
+        if chat_template not in CHOICES:
+            known = ", ".join(CHOICES)
+            raise UsageError(f"chat_template {chat_template!r} is unknown; use one of {known}")
+        self.loaded = LoadedModel(
+            Path(path),
+            load or LoadOptions(),
+            heads_path=None if heads_path is None else Path(heads_path),
+            heads_folder=heads_folder,
         )
-        self.context = options.context_size or min(self.model.n_ctx_train, 4096)
-        self.weights = weights or find_heads(heads_folder, self.file)
+        self.template: ChatTemplate | None = chosen_template(
+            self.loaded.file.metadata, chat_template
+        )
+        self._n_parallel = n_parallel
+        self._draft = draft or DraftOptions()
+        self._on_measure = on_measure
+        self._in_use = threading.Lock()
+        self._streams = weakref.WeakSet[Stream]()
+        self._closed = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free everything; an unfinished stream ends, a second call does nothing."""
+        if self._closed:
+            return
+        for stream in list(self._streams):
+            stream.close_with_engine()
+        with self._exclusively():
+            self._closed = True
+            if "_decoder" in self.__dict__:  # it was made
+                self._decoder.base.close()
+            self.loaded.close()
+
+    def prepare(self) -> None:
+        """Measure and allocate now what the first generation would otherwise have to wait for."""
+        with self._exclusively():
+            _ = self._decoder
+
+    def generate(
+        self,
+        prompts: abc.Sequence[TextOrTokens],
+        sampling: SamplingParams | None = None,
+        *,
+        max_tokens: int | None = 256,
+        stop: abc.Sequence[str] = (),
+    ) -> list[Completion]:
+        """Continue each prompt; return the completions in the order of the prompts.
+
+        prompts: texts, or lists of token ids. sampling: None: greedy. max_tokens: most new tokens
+        per prompt; None: as many as the context holds. stop: strings that end an output before
+        them. The i-th prompt is sampled with seed + i. Raises ContextError for a prompt that the
+        context cannot hold.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, abc.Sequence):
+            raise UsageError("prompts: needs a list of prompts, not a single one")
+        sampling = sampling or SamplingParams()
+        with self._exclusively():
+            # A sequence for each prompt.
+            scheduler = self._decoder.scheduler
+            sequences = list[Sequence]()
+            for i, prompt in enumerate(prompts):
+                seed = None if sampling.seed is None else sampling.seed + i
+                params = replace(sampling, seed=seed)
+                sequences.append(self._new_sequence(self._encode(prompt), params, max_tokens, stop))
+
+            # All of them to their ends.
+            with self._cache_in_order():
+                for sequence in sequences:
+                    scheduler.add(sequence)
+                while scheduler.has_unfinished:
+                    scheduler.step()
+            return [_completion(sequence, sequence.take_output().text) for sequence in sequences]
+
+    def stream(
+        self,
+        prompt: TextOrTokens,
+        sampling: SamplingParams | None = None,
+        *,
+        max_tokens: int | None = 256,
+        stop: abc.Sequence[str] = (),
+    ) -> Stream:
+        """Continue a prompt; iterate over the result for text as it is generated.
+
+        Takes and raises what `generate` does, for one prompt.
+        """
+        with self._exclusively():
+            return self._stream(self._encode(prompt), sampling, max_tokens, stop)
+
+    def chat(
+        self,
+        messages: abc.Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        max_tokens: int | None = None,
+        stop: abc.Sequence[str] = (),
+    ) -> Stream:
+        """Answer a conversation; iterate over the result for text as it is generated.
+
+        messages: [{"role": "user", "content": "..."}, ...]. To go on, append the answer with the
+        role assistant and the next message: the prefix cache has all that came before. max_tokens:
+        None: as many as the context holds. Raises UsageError for a model without a chat template,
+        DataError for messages that are none or that its template refuses, ContextError for too
+        many.
+        """
+        if self.template is None:
+            raise UsageError(
+                f"{self.loaded.file.path} has no chat template; "
+                'name one (chat_template="vicuna") or use stream()'
+            )
+        _check_messages(messages)
+        with self._exclusively():
+            prompt = encode_prompt(self.loaded.base_model, list(messages), self.template)
+            return self._stream(prompt, sampling, max_tokens, stop)
 
     @cached_property
-    def _loaded(self) -> tuple[MedusaHeads, dict[str, Any]]:
-        from model.heads.files import load_heads  # torch: loaded only when heads are used
-
-        if self.weights is None:
-            raise HeadsError(
-                f"no heads for {self.file.path} are known; train them: python model/train_medusa.py "
-                f"--base_model_path {self.file.path}"
-            )
-        if not self.model.can_roll_back:
-            raise ModelFileError(
-                f"{self.file.path}: {self.file.architecture} models are recurrent and cannot roll back "
-                "a draft; use --draft none"
-            )
-        loaded = load_heads(self.weights, self.file)
-        check_lm_head(self.model, self.file, self.options.n_threads)
-        return loaded
-
-    @property
-    def heads(self) -> MedusaHeads:
-        """The draft heads. Raises HeadsError when there are none or they don't fit, ModelFileError for the model."""
-        return self._loaded[0]
-
-    @property
-    def heads_facts(self) -> dict[str, Any]:
-        """What `config.json` says of the heads."""
-        return self._loaded[1]
-
-    @property
-    def n_heads(self) -> int:
-        """How many heads may be used; 0 where MEDUSA_MAX_TOKENS_PER_STEP leaves room for the root alone."""
-        return min(self.heads.config.k_heads, self.options.k_heads or 256, self.options.max_nodes - 1)
-
-    @property
-    def cell_bytes(self) -> int:
-        """About how many bytes of KV cache a token takes: as if all attention heads were of one size."""
-        facts, kind = self.file.metadata, self.file.architecture
-        heads, shared = (facts.get(f"{kind}.attention.head_count{suffix}") for suffix in ("", "_kv"))
-        share = shared / heads if isinstance(heads, int) and heads and isinstance(shared, int) else 1.0
-        size = {"f32": 4.0, "q8_0": 1.07, "q4_0": 0.57}.get(self.options.kv_type, 2.0)
-        return max(1, int(2 * size * self.file.n_layer * self.file.n_embd * share))
-
-    def check_tree(self, tree: Tree) -> Tree:
-        """Return the tree when these heads can draft it within the limits, else raise UsageError."""
-        if tree.max_depth > self.n_heads:
-            raise UsageError(f"the tree is {tree.max_depth} deep, but {self.n_heads} heads may be used")
-        if len(tree) > self.options.max_nodes:
-            raise UsageError(
-                f"the tree has {len(tree)} nodes; MEDUSA_MAX_TOKENS_PER_STEP allows {self.options.max_nodes}"
-            )
-        if tree.n_ranks > self.file.n_vocab:
-            raise UsageError(f"the tree uses rank {tree.n_ranks - 1}, the vocabulary has {self.file.n_vocab} tokens")
-        return tree
-
-    def drafter(
-        self, tree: Tree, draft_vocab: int | None = None, *, ranks: int = 0, with_probs: bool = False
-    ) -> Ranker:
-        """Make the heads' drafter for a tree.
-
-        draft_vocab: how many of the most frequent tokens it drafts from; 0: all; None: those that make up COVERED of
-        the training text. ranks: guesses per head; 0: as many as the tree uses.
-        """
-        from model.heads.drafter import covering
-        from model.heads.hydra_drafter import drafter_for
-
-        self.check_tree(tree)
-        counts = self.heads_facts["token_counts"]
-        if draft_vocab is None:
-            draft_vocab = covering(counts, COVERED) if counts is not None else 0
-        return drafter_for(
-            self.heads,
-            n_heads=tree.max_depth,
-            ranks=ranks or tree.n_ranks,
-            draft_vocab=draft_vocab,
-            token_counts=counts,
-            n_threads=self.options.n_threads,
-            with_probs=with_probs,
+    def _drafting(self) -> Drafting:
+        """The draft policy and its drafters: measured at the first use."""
+        trial = trial_requests(self.loaded, read_prompt_file(TRIAL), SamplingParams())
+        return choose(
+            self.loaded,
+            self._draft,
+            trial,
+            max_leaves=MAX_SEQUENCES // self._n_parallel,
+            on_measure=self._on_measure,
         )
 
-    def base(
-        self, plan: Plan | None = None, kind: type[LlamaBase] = LlamaBase, *, sequences: int = 0, context: int = 0
-    ) -> LlamaBase:
-        """Make a context: as plain decoding has it, or with lanes for all that a plan may draft.
+    @cached_property
+    def _decoder(self) -> Decoder:
+        """The decoder that everything runs on: made at the first use."""
+        policy, drafters, _ = self._drafting
+        return self.loaded.shared_decoder(policy, drafters, n_parallel=self._n_parallel)
 
-        sequences: how many ids there are; 0: as many as the plan has lanes. context: tokens; 0: as the settings say.
-        """
-        o, nodes = self.options, plan.max_nodes if plan else 1
-        return kind(
-            self.model,
-            n_ctx=(context or self.context) + (nodes if nodes > 1 else 0),
-            n_threads=o.n_threads,
-            n_seq_max=sequences or (plan.lanes if plan else 1),
-            embeddings=nodes > 1,
-            flash_attn=o.flash_attn,
-            kv_type=o.kv_type,
-        )
+    def _encode(self, prompt: TextOrTokens) -> list[int]:
+        if not (isinstance(prompt, str) or _all_ints(prompt)):
+            raise UsageError("prompt: needs a text or a list of token ids")
+        return encode_prompt(self.loaded.base_model, prompt)
 
-    def decoder(
+    def _stream(
         self,
-        tree: Tree = ROOT_ONLY,
-        drafter: Drafter | None = None,
-        *,
-        branch: int = 0,
-        draft_vocab: int | None = None,
-        context: int = 0,
-    ) -> Decoder:
-        """Make a decoder for a tree and a branch of up to so many tokens; without a `drafter` the heads draft."""
-        if drafter is None and len(tree) > 1:
-            drafter = self.drafter(tree, draft_vocab)
-        return self.decoder_for(FixedPlan(tree, branch), drafter, ngrams=branch > 0, context=context)
+        prompt: list[int],
+        sampling: SamplingParams | None,
+        max_tokens: int | None,
+        stop: abc.Sequence[str],
+    ) -> Stream:
+        sequence = self._new_sequence(prompt, sampling or SamplingParams(), max_tokens, stop)
+        stream = Stream(sequence, self._outputs(sequence))
+        self._streams.add(stream)
+        return stream
 
-    def decoder_for(self, plan: Plan, drafter: Drafter | None, *, ngrams: bool = False, context: int = 0) -> Decoder:
-        """Make a decoder for any plan."""
-        return Decoder(self.base(plan, context=context), plan, drafter, context or self.context, ngrams)
+    def _outputs(self, sequence: Sequence) -> abc.Generator[Output, None, None]:
+        with self._exclusively(), self._cache_in_order():
+            self._decoder.scheduler.add(sequence)
+            yield from self._decoder.stream(sequence)
 
-    def request(self, prompt: str, max_tokens: int, **more: Any) -> Request:
-        """Make a request from text."""
-        return Request(self.model.tokenize(prompt).tolist(), max_tokens, **more)
+    def _new_sequence(
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        max_tokens: int | None,
+        stop: abc.Sequence[str],
+    ) -> Sequence:
+        if isinstance(stop, str):
+            raise UsageError("stop: needs a list of strings, not a single one")
+        request = Request(prompt=prompt, max_tokens=max_tokens, sampling=params, stop=tuple(stop))
+        return self._decoder.new_sequence(request)
+
+    @contextlib.contextmanager
+    def _exclusively(self) -> abc.Iterator[None]:
+        """Keep others out while the block runs.
+
+        Raises UsageError where a generation is under way, or the engine is closed.
+        """
+        if not self._in_use.acquire(blocking=False):
+            raise UsageError(
+                "this engine is generating already; "
+                "finish or close that stream first, or load another engine"
+            )
+        try:
+            if self._closed:
+                raise UsageError("this engine is closed")
+            yield
+        finally:
+            self._in_use.release()
+
+    @contextlib.contextmanager
+    def _cache_in_order(self) -> abc.Iterator[None]:
+        """Empty the cache after an error or Ctrl+C, which may have cut a step short."""
+        try:
+            yield
+        except GeneratorExit:  # a stream that is closed: between two steps
+            raise
+        except BaseException:
+            self._decoder.reset()
+            raise
 
 
-def find_heads(folder: Path, file: GGUFFile) -> Path | None:
-    """Return the heads below `folder` that belong to a model.
+def _check_messages(messages: abc.Sequence[Message]) -> None:
+    """Raise DataError where there is none, or one that is no message."""
+    if not messages:
+        raise DataError("messages: there is none to answer")
+    for message in messages:
+        if not (
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+        ):
+            raise DataError(
+                'messages: each has two texts, {"role": "user", "content": "..."}; '
+                f"{str(message)[:80]!r} has not"
+            )
 
-    Of several: those made for this very file, in the folder named after it, the best of a run, the latest run.
-    """
-    wanted, fits = file.heads_fingerprint(), list[tuple[bool, bool, bool, float, Path]]()
-    for path in folder.glob("**/config.json"):
-        heads, facts = path.parent, _read_facts(path)
-        if facts.get("heads_fingerprint") != wanted or any(p.startswith(".") for p in heads.relative_to(folder).parts):
-            continue
-        same = facts.get("base_fingerprint") == file.file_fingerprint()
-        own = heads.relative_to(folder).parts[:1] in ((file.path.stem,), (file.path.name.split(".")[0],))
-        unfinished = heads.name.startswith(("medusa_heads_latest", "medusa_heads_epoch"))
-        fits.append((same, own, not unfinished, path.stat().st_mtime, heads))
-    return max(fits)[-1] if fits else None
+
+def _all_ints(prompt: abc.Sequence[int]) -> bool:
+    return isinstance(prompt, abc.Sequence) and all(isinstance(token, int) for token in prompt)
 
 
-def _read_facts(path: Path) -> dict[str, Any]:
-    try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return facts if isinstance(facts, dict) else {}
+def _completion(sequence: Sequence, text: str) -> Completion:
+    return Completion(
+        text=text,
+        tokens=sequence.new_tokens,
+        finish_reason=sequence.finish_reason,
+        prompt_tokens=sequence.n_prompt,
+        cached_tokens=sequence.n_reused,
+        prefill_s=max(0.0, sequence.prefilled_at - sequence.admitted_at),
+        decode_s=sequence.statistics.seconds,
+        statistics=sequence.statistics,
+    )
