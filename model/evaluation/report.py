@@ -1,0 +1,124 @@
+"""Reports: figures in, tables and result files out. Measures nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from model.decoding.statistics import STAGES
+from model.errors import OutputError
+from model.loaded_model import LoadedModel
+from model.storage.whole_file import require_ordinary, whole_file
+
+UNSTEADY = 1.3  # times as fast in one run as in another: then the table says so
+
+
+def check_writable(path: Path | None) -> None:
+    """Raise OutputError where a result can't be written: now rather than after the work."""
+    if path is None:
+        return
+    require_ordinary(path)
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise OutputError(
+            f"{path}: cannot be written; name a file in a folder that exists and may be written to"
+        )
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a result whole. Raises OutputError."""
+    with whole_file(path) as draft:
+        draft.write_text(
+            json.dumps(_finite(content), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+        )
+
+
+def _finite(value: Any) -> Any:
+    """Return a value with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def facts(loaded: LoadedModel) -> dict[str, Any]:
+    """Return what was measured and on what machine, for a file of results."""
+    names = [line for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    cpu = names[0].split(":")[1].strip() if names else ""
+    return {
+        "model": loaded.file.name,
+        "quantization": loaded.file.file_type,
+        "threads": loaded.options.n_threads,
+        "machine": cpu or platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("llama-cpp-python", "torch", "numpy")},
+        "command": " ".join(["python", "main.py", *sys.argv[1:]]),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+def stages(result: dict[str, Any]) -> str:
+    """Return where the time of a drafted step goes, as text."""
+    spent: dict[str, float] = result["stages_us"]
+    total = sum(spent.values())
+    return "\n".join(f"{stage:8} {us:10.1f} us  {us / total:6.1%}" for stage, us in spent.items())
+
+
+def chrome_trace(timeline: list[tuple[float, ...]]) -> dict[str, Any]:
+    """Return a sequence's steps as chrome://tracing and Perfetto read them.
+
+    timeline: of each step when it began and how long each stage took, in seconds.
+    """
+    events = list[dict[str, Any]]()
+    for number, (start, *spent) in enumerate(timeline):
+        at = start - timeline[0][0]
+        for stage, seconds in zip(STAGES, spent, strict=True):
+            event = {
+                "name": stage,
+                "ph": "X",
+                "ts": 1e6 * at,
+                "dur": 1e6 * seconds,
+                "pid": 0,
+                "tid": 0,
+            }
+            events.append({**event, "args": {"step": number}})
+            at += seconds
+    return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Return the figures of several comparisons as text."""
+    lines = [
+        "temperature  plain tok/s  drafted tok/s  speedup  acceptance length  "
+        "nodes/step  same output  repeated 8-grams"
+    ]
+    for r in results:
+        lines.append(
+            f"{r['temperature']:11.1f}  {r['plain']['tokens_per_s']:11.1f}  "
+            f"{r['drafted']['tokens_per_s']:13.1f}  {r['speedup']:6.2f}x  "
+            f"{r['acceptance_length']:17.2f}  {r['tree_nodes'] - 1:10.1f}  "
+            f"{r['equal_sequences']:6d}/{r['sequences']:<4d}  {r['repeated_8grams']:16.0%}"
+        )
+    runs = [r["speedup_by_run"] for r in results]
+    if any(max(ratios) > UNSTEADY * min(ratios) for ratios in runs):
+        spans = ", ".join(f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in runs)
+        lines.append(
+            f"The runs differ (speedups of {spans}): was the machine busy with other work?"
+        )
+    if any(r["equal_sequences"] < r["sequences"] for r in results):
+        lines.append(
+            "Outputs that are not the same differ from a near-tie on, where the shape of a batch "
+            "decides (`main.py verify`)."
+        )
+    return "\n".join(lines)
