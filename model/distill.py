@@ -1,4 +1,6 @@
-"""Let the base model answer prompts, so that heads learn its own words: read prompts, have them answered, keep the ids.
+"""The distilling recipe: read prompts, let the base model answer them, keep the ids.
+
+Heads learn best from what their base model says itself.
 
 python model/distill.py --base_model_path X.gguf --prompts chats.jsonl --output answers.jsonl
 """
@@ -16,7 +18,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads beside llama.cpp's: both are slow
+    # numpy's threads beside llama.cpp's make both slow.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "300000")
     sys.path[0] = str(ROOT)
 
@@ -29,25 +32,30 @@ from model.base.llama import LlamaBase  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import DataError, ModelFileError  # noqa: E402
-from model.training.answers import Answer, AnswerFile  # noqa: E402
 from model.training.command import run_command, script_command  # noqa: E402
-from model.training.dialogue import Dialogue, opening  # noqa: E402
-from model.training.distill_options import OPTIONS, DistillOptions  # noqa: E402
-from model.training.documents import read_records  # noqa: E402
-from model.training.endpoint import Endpoint, Exchange, answer_with_endpoint  # noqa: E402
-from model.training.local import answer_with_base  # noqa: E402
-from model.training.progress import Progress  # noqa: E402
-from model.training.prompts import Prompt, read_prompts  # noqa: E402
-from model.training.text import PartEncoder  # noqa: E402
-from model.training.transcript import answer_of_text  # noqa: E402
+from model.training.data.prompts import Prompt, make_prompts  # noqa: E402
+from model.training.data.records import read_records  # noqa: E402
+from model.training.data.token_encoder import PartEncoder  # noqa: E402
+from model.training.distillation.answers import AnswerFile, DistilledAnswer  # noqa: E402
+from model.training.distillation.base_model_answers import answer_with_base  # noqa: E402
+from model.training.distillation.dialogue import Dialogue, opening  # noqa: E402
+from model.training.distillation.endpoint import (  # noqa: E402
+    Endpoint,
+    Exchange,
+    answer_with_endpoint,
+)
+from model.training.distillation.options import OPTIONS, DistillOptions  # noqa: E402
+from model.training.distillation.progress_bar import ProgressBar  # noqa: E402
+from model.training.distillation.transcript import answer_of_text  # noqa: E402
 
 NAMED = 5  # records that cannot be used are named up to here, then counted
-Tick = Callable[[int], None]  # takes the number of tokens that were won just now
-Outcomes = Generator[tuple[str, Answer | str], None, None]  # a prompt's id, and its answer or why there is none
+Tick = Callable[[int], None]  # is given the number of tokens that came just now
+# A prompt's id, and its answer or why there is none.
+Outcomes = Generator[tuple[str, DistilledAnswer | str], None, None]
 
 
 def distill(options: DistillOptions) -> None:
-    """Have all prompts answered that the output doesn't hold yet. Raises MedusaError."""
+    """Answer all prompts that the output has no answer to yet. Raises MedusaError."""
     settings = Settings.load()
     logging.basicConfig(level=settings.log_level, format="%(message)s")
     options.check()
@@ -56,14 +64,50 @@ def distill(options: DistillOptions) -> None:
     # The model: its vocabulary for both sources, its chat template where it has one.
     file = check_loads(Path(options.base_model_path or settings.model_path))
     chosen = chosen_template(file.metadata, options.chat_template)
-    chat, template, max_length = chosen is not None, chosen or ChatTemplate(None), options.length(file.context_length)
-    click.echo(f"model   {file.name} ({file.file_type}): {'chats' if chat else 'goes on with texts'}")
+    template = chosen or ChatTemplate(None)
+    max_length = options.length(file.context_length)
+    kind = "answers chats" if chosen else "continues texts"
+    click.echo(f"model   {file.name} ({file.file_type}): {kind}")
 
-    # The prompts: of conversations the users' turns, of texts pieces to go on with.
+    # The prompts: of conversations the users' turns, of texts pieces to continue.
+    prompts = wanted_prompts(options, chat=chosen is not None)
+
+    # The answers: those that are there stay, the others are written as they come.
+    with contextlib.ExitStack() as opened:
+        answers = opened.enter_context(
+            AnswerFile(path=options.output, facts=facts(file), identity=options.identity(file))
+        )
+        todo = [prompt for prompt in prompts if prompt.id not in answers.done]
+        source = options.prompts or "standard library"
+        click.echo(f"prompts {source}: {len(prompts):,}, {len(todo):,} to be answered")
+        model = opened.enter_context(contextlib.closing(load_model(file, settings)))
+        bar = ProgressBar(len(prompts), len(prompts) - len(todo))
+        opened.enter_context(contextlib.closing(bar))
+        if endpoint:
+            outcomes = from_endpoint(endpoint, options, model, template, todo, bar.tick)
+        else:
+            outcomes = from_gguf(options, settings, model, template, todo, max_length, bar.tick)
+        with contextlib.closing(outcomes):
+            for key, outcome in outcomes:
+                if isinstance(outcome, DistilledAnswer):
+                    answers.add(outcome)
+                    bar.end(key)
+                else:
+                    bar.end(key, outcome)
+        bar.close()
+        report(options, answers, bar, file)
+
+
+def wanted_prompts(options: DistillOptions, *, chat: bool) -> list[Prompt]:
+    """Return the prompts of the data set, and report records that hold none.
+
+    Raises DataError where there is not one.
+    """
     records = read_records(options.prompts, options.dataset_split)
-    prompts, problems = read_prompts(
-        records, chat=chat, lengths=options.prompt_tokens, seed=options.seed, most=options.max_prompts
-    )
+    prompts, problems = make_prompts(
+        records, chat=chat, lengths=options.prompt_tokens, seed=options.seed,
+        most=options.max_prompts,
+    )  # fmt: skip
     for problem in problems[:NAMED]:
         click.echo(f"skipped: {problem}", err=True)
     if problems:
@@ -71,38 +115,32 @@ def distill(options: DistillOptions) -> None:
     if not prompts:
         why = f": {problems[0]}" if problems else ", it is empty"
         raise DataError(f"data set {options.prompts}: not one prompt in it{why}")
+    return prompts
 
-    # The answers: those that are there stay, the others are written as they come.
-    with contextlib.ExitStack() as opened:
-        answers = opened.enter_context(AnswerFile(options.output, facts(file), options.identity(file)))
-        todo = [prompt for prompt in prompts if prompt.id not in answers.done]
-        click.echo(f"prompts {options.prompts or 'standard library'}: {len(prompts):,}, {len(todo):,} to be answered")
-        load = LlamaModel(
-            file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap, use_mlock=settings.use_mlock
-        )
-        model = opened.enter_context(contextlib.closing(load))
-        bar = opened.enter_context(contextlib.closing(Progress(len(prompts), len(prompts) - len(todo))))
-        if endpoint:
-            source = from_endpoint(endpoint, options, model, template, todo, bar.tick)
-        else:
-            source = from_gguf(options, settings, model, template, todo, max_length, bar.tick)
-        with contextlib.closing(source):
-            for key, outcome in source:
-                if isinstance(outcome, Answer):
-                    answers.add(outcome)
-                bar.end(key, outcome if isinstance(outcome, str) else "")
-        bar.close()
-        report(options, answers, bar, file)
+
+def load_model(file: GGUFFile, settings: Settings) -> LlamaModel:
+    """Return the model as the settings say."""
+    return LlamaModel(
+        file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap,
+        use_mlock=settings.use_mlock,
+    )  # fmt: skip
 
 
 def from_gguf(
-    options: DistillOptions, settings: Settings, model: LlamaModel, template: ChatTemplate, prompts: list[Prompt],
-    max_length: int, tick: Tick,
-) -> Outcomes:  # fmt: skip
+    options: DistillOptions,
+    settings: Settings,
+    model: LlamaModel,
+    template: ChatTemplate,
+    prompts: list[Prompt],
+    max_length: int,
+    tick: Tick,
+) -> Outcomes:
     """Yield the local model's answers: `--parallel` prompts at a time in one context."""
+    # A context for all that are under way.
     parallel = min(options.parallel, max(1, len(prompts)))
     if all(prompt.length for prompt in prompts):  # pieces of a known length
-        max_length = min(max_length, options.prompt_tokens[1] + 1 + options.max_new_tokens)
+        longest = options.prompt_tokens[1] + 1 + options.max_new_tokens
+        max_length = min(max_length, longest)
     try:
         base = LlamaBase(
             model, n_ctx=parallel * max_length, n_threads=settings.n_threads, n_seq_max=parallel,
@@ -110,34 +148,48 @@ def from_gguf(
         )  # fmt: skip
     except ModelFileError:
         raise ModelFileError(
-            f"{model.path}: llama.cpp made no cache for {parallel} texts of {max_length} tokens; lower --parallel or "
-            "--max_length, or run with LOG_LEVEL=DEBUG to see its reasons"
+            f"{model.path}: llama.cpp made no KV cache for {parallel} sequences of {max_length} "
+            "tokens; lower --parallel or --max_length, or run with LOG_LEVEL=DEBUG to see "
+            "its reasons"
         ) from None
+
+    # Their answers, as they come.
     encoder = PartEncoder(model)
     dialogues = (Dialogue(prompt, model, encoder, template) for prompt in prompts)
     with base:
         for dialogue in answer_with_base(
-            base, dialogues, model.eog, options.sampling, parallel=parallel, max_length=max_length,
-            max_new_tokens=options.max_new_tokens, cut_loops=options.loops == "cut", tick=tick,
+            base, dialogues, model, options.sampling, parallel=parallel, max_length=max_length,
+            max_new_tokens=options.max_new_tokens, cut_loops=options.loops == "cut", on_tokens=tick,
         ):  # fmt: skip
             temperature = options.sampling(dialogue.prompt, 0).temperature
             yield dialogue.prompt.id, dialogue.problem or dialogue.result(temperature)
 
 
 def from_endpoint(
-    endpoint: Endpoint, options: DistillOptions, model: LlamaModel, template: ChatTemplate, prompts: list[Prompt],
+    endpoint: Endpoint,
+    options: DistillOptions,
+    model: LlamaModel,
+    template: ChatTemplate,
+    prompts: list[Prompt],
     tick: Tick,
-) -> Outcomes:  # fmt: skip
+) -> Outcomes:
     """Yield an endpoint's answers, with the GGUF's ids for them."""
-    encoder, asked = PartEncoder(model), dict[str, Prompt]()
+    encoder = PartEncoder(model)
+    asked: dict[str, Prompt] = {}
 
     def exchanges() -> Iterator[Exchange]:
         for prompt in prompts:
             asked[prompt.id] = prompt
-            sampling = [options.sampling(prompt, turn) for turn in range(max(1, len(prompt.turns)))]
-            text = "" if prompt.turns else opening(prompt, model, encoder)
-            yield Exchange(prompt.id, prompt.turns, text, sampling, options.max_new_tokens)
+            n_questions = max(1, len(prompt.turns))
+            yield Exchange(
+                id=prompt.id,
+                turns=prompt.turns,
+                text="" if prompt.turns else opening(prompt, model, encoder),
+                sampling=[options.sampling(prompt, turn) for turn in range(n_questions)],
+                max_tokens=options.max_new_tokens,
+            )
 
+    # Their ids, as they come.
     for exchange in answer_with_endpoint(endpoint, exchanges(), options.concurrency):
         prompt = asked.pop(exchange.id)
         if exchange.problem:
@@ -157,27 +209,36 @@ def from_endpoint(
 
 
 def facts(file: GGUFFile) -> dict[str, Any]:
-    """Return what every line says of the model: training takes its ids for models of the same vocabulary alone."""
+    """Return what each line says of the model: its ids are of no use to another vocabulary."""
     return {
-        "base_name": file.name, "base_fingerprint": file.file_fingerprint(),
+        "base_name": file.name,
+        "base_fingerprint": file.file_fingerprint(),
         "heads_fingerprint": file.heads_fingerprint(),
-    }  # fmt: skip
+    }
 
 
-def report(options: DistillOptions, answers: AnswerFile, bar: Progress, file: GGUFFile) -> None:
+def report(options: DistillOptions, answers: AnswerFile, bar: ProgressBar, file: GGUFFile) -> None:
     """Say what there is now, and what to type next. Raises DataError where there is nothing."""
     if not answers.done:
-        raise DataError(f"not one of {bar.failed} prompts was answered")
-    failed = f"; {bar.failed} prompts without an answer: the same command tries them again" if bar.failed else ""
-    click.echo(f"done    {len(answers.done):,} answers, now {bar.tokens:,} tokens, {bar.rate:,.0f} a second{failed}")
+        raise DataError(f"none of {bar.failed} prompts was answered")
+    failed = ""
+    if bar.failed:
+        failed = f"; {bar.failed} prompts without an answer: the same command tries them again"
+    click.echo(
+        f"done    {len(answers.done):,} answers, now {bar.tokens:,} tokens, "
+        f"{bar.rate:,.0f} a second{failed}"
+    )
     for temperature, tally in sorted(answers.by_temperature.items()):
         click.echo(
-            f"        temperature {temperature:g}: {tally.answers:,} answers, {tally.tokens:,} tokens, "
-            f"{tally.share_repeated:.0%} of the 8-grams repeated, {tally.loops:,} cut where they began to loop"
+            f"        temperature {temperature:g}: {tally.answers:,} answers, "
+            f"{tally.tokens:,} tokens, {tally.share_repeated:.0%} of the 8-grams repeated, "
+            f"{tally.loops:,} cut where they began to loop"
         )
     script = script_command(ROOT / "model" / "train_medusa.py")
-    paths = f"--base_model_path {shlex.quote(str(file.path))} --dataset_name {shlex.quote(str(options.output))}"
-    click.echo(f"now     train heads on them, with\n  {script} {paths}")
+    base_model = shlex.quote(str(file.path))
+    dataset = shlex.quote(str(options.output))
+    click.echo("now     train heads on them, with")
+    click.echo(f"  {script} --base_model_path {base_model} --dataset_name {dataset}")
 
 
 def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -189,14 +250,16 @@ def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.command()
 @_click_options
 def main(**values: Any) -> None:
-    """Let the base model answer prompts: text for heads to learn from."""
+    """Let the base model answer prompts: its answers are what draft heads learn from best."""
     distill(DistillOptions(**values))
 
 
 def run() -> None:
     """Run the command."""
     again = f"{script_command(Path(__file__))} {shlex.join(sys.argv[1:])}"
-    run_command(main, f"stopped; finished answers are kept, and the same command goes on:\n  {again}")
+    run_command(
+        main, f"stopped; finished answers are kept, and the same command goes on:\n  {again}"
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Train Medusa heads for a GGUF file: check the model, read text, extract states, train, say what to type next.
+"""The training recipe: check the model, read text, extract states, train heads.
 
 python model/train_medusa.py --base_model_path X.gguf --dataset_name chats.jsonl
 torchrun --nproc_per_node 2 model/train_medusa.py …
@@ -11,15 +11,15 @@ import logging
 import os
 import shlex
 import sys
-import sysconfig
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 if __name__ == "__main__":
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads beside llama.cpp's: both are slow
+    # numpy's threads beside llama.cpp's make both slow.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     os.environ.setdefault("GOMP_SPINCOUNT", "300000")
     if os.environ.get("RANK", "0") != "0":
         os.environ["TQDM_DISABLE"] = "1"  # of several processes, one shows its progress
@@ -28,7 +28,7 @@ if __name__ == "__main__":
 import click  # noqa: E402
 import torch  # noqa: E402
 
-from config import HEADS_FOLDER, Settings  # noqa: E402
+from config import Settings  # noqa: E402
 from model.base.chat import template_of  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.base.llama import LlamaBase  # noqa: E402
@@ -37,23 +37,58 @@ from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import ModelFileError, UsageError  # noqa: E402
 from model.heads.files import base_facts, new_heads  # noqa: E402
+from model.heads.known_heads import HEADS_FOLDER  # noqa: E402
 from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
-from model.measuring.training_curve import training_curve  # noqa: E402
-from model.training.batches import Batches  # noqa: E402
+from model.planning.training_curve import training_curve  # noqa: E402
+from model.storage.disk_room import require_writable  # noqa: E402
+from model.storage.folder_lock import WriterLock  # noqa: E402
 from model.training.command import run_command, script_command  # noqa: E402
-from model.training.documents import read_documents  # noqa: E402
-from model.training.extraction import States, StreamedStates, open_base  # noqa: E402
+from model.training.data.documents import read_documents  # noqa: E402
+from model.training.data.samples import (  # noqa: E402
+    Sample,
+    count_tokens,
+    digest,
+    make_samples,
+    split_samples,
+    token_counts,
+)
 from model.training.options import TrainOptions  # noqa: E402
 from model.training.output_folder import choose_output_dir, require_no_run  # noqa: E402
 from model.training.ranks import Ranks, joined, ranks_asked_for  # noqa: E402
-from model.training.states import CacheKey, cached_states  # noqa: E402
-from model.training.storage import WriterLock, require_writable  # noqa: E402
-from model.training.text import Sample, digest, make_samples, split_samples, token_counts  # noqa: E402
+from model.training.run_choices import (  # noqa: E402
+    choose_device,
+    choose_length,
+    data_source,
+    with_absolute_paths,
+)
+from model.training.states.batches import Batches  # noqa: E402
+from model.training.states.cached_states import cached_states  # noqa: E402
+from model.training.states.extraction import States, open_base  # noqa: E402
+from model.training.states.manifest import CacheKey  # noqa: E402
+from model.training.states.streamed_states import StreamedStates  # noqa: E402
 from model.training.tracking import require_tracker  # noqa: E402
 from model.training.train_command import train_options  # noqa: E402
 from model.training.trainer import Trainer, TrainResult  # noqa: E402
+from model.trees.costs import CostCurve  # noqa: E402
 
-LONGEST = 1024  # tokens per sequence, where nothing is said
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a run is given, and what was decided from it before anything was read."""
+
+    options: TrainOptions
+    settings: Settings
+    ranks: Ranks
+    device: torch.device
+    threads: int  # of this process
+    file: GGUFFile
+    output_dir: Path
+    max_length: int  # tokens per sequence
+
+    @property
+    def say(self) -> Callable[[str], None]:
+        """What prints a line: of several processes, the first one's."""
+        return click.echo if self.ranks.first else silently
 
 
 def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
@@ -61,80 +96,57 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
 
     overwrite: begin anew in a folder that holds a run already.
     """
-    settings, ranks = Settings.load(), ranks_asked_for()
+    settings = Settings.load()
+    ranks = ranks_asked_for()
     logging.basicConfig(level=settings.log_level, format="%(message)s")
     device = choose_device(options.device, ranks.local)
-    threads = max(1, settings.n_threads // ranks.local_count)
-    tell = click.echo if ranks.first else silently
     require_tracker(options.report_to)
     if ranks.count > 1 and options.cache == "off":
-        raise UsageError("--cache off: several processes share their states through the cache; use --cache on")
-    with joined(ranks, device), contextlib.ExitStack() as locked, contextlib.ExitStack() as opened:
+        raise UsageError(
+            "--cache off: several processes share their states through the cache; use --cache on"
+        )
+    with (
+        joined(ranks, device),
+        contextlib.ExitStack() as locked,
+        contextlib.ExitStack() as opened,
+    ):
         # The model: can it be loaded, rolled back, and read with the LM head that the file holds?
         file = check_loads(Path(options.base_model_path))
-        output_dir = choose_output_dir(options, file, HEADS_FOLDER)
-        require_writable(output_dir)
-        if not overwrite:
-            require_no_run(output_dir, options.resume_from)
-        max_length = choose_length(options.max_length, file.context_length)
-        model = opened.enter_context(contextlib.closing(load_model(file, settings, ranks)))
-        check_lm_head(model, file, threads)
-        curve = None
-        if ranks.first:  # what it says of the tree holds for all, and two that measure at a time disturb each other
-            curve = training_curve(
-                model, file.file_fingerprint(), settings.medusa_max_tokens_per_step, threads,
-                flash_attn=settings.flash_attn, kv_type=settings.kv_type,
-            )  # fmt: skip
-        tell(f"model   {file.name} ({file.file_type}): D={file.n_embd}, V={file.n_vocab}, {file.n_layer} layers")
+        run = Setup(
+            options=options,
+            settings=settings,
+            ranks=ranks,
+            device=device,
+            threads=max(1, settings.n_threads // ranks.local_count),
+            file=file,
+            output_dir=writable_output_dir(options, file, overwrite=overwrite),
+            max_length=choose_length(options.max_length, file.context_length),
+        )
+        model = opened.enter_context(contextlib.closing(load_model(run)))
+        check_lm_head(model, file, run.threads)
+        curve = step_costs(run, model)
+        shape = f"D={file.n_embd}, V={file.n_vocab}, {file.n_layer} layers"
+        run.say(f"model   {file.name} ({file.file_type}): {shape}")
 
-        # The text: documents, tokens, windows; some of them are kept for validation.
-        documents = read_documents(options.dataset_name, options.dataset_split)
-        samples = make_samples(
-            documents, model, template_of(file.metadata), max_length, options.max_tokens,
-            vocabulary=file.heads_fingerprint(), base=file.name,
-        )  # fmt: skip
+        # The text: documents, tokens, windows.
+        samples = read_samples(run, model)
+        amount = f"{count_tokens(samples):,} tokens, {len(samples):,} sequences"
+        run.say(f"text    {data_source(options)}: {amount} up to {run.max_length}")
         learn, check = split_samples(samples, options.val_fraction, options.seed)
-        n_tokens = sum(len(sample.tokens) for sample in samples)
-        tell(f"text    {data_source(options)}: {n_tokens:,} tokens, {len(samples):,} sequences up to {max_length}")
 
         # The states: what the model makes of the text, kept on disk or made anew in each epoch.
         if ranks.first:
-            locked.enter_context(WriterLock(output_dir))
-        states: States
-
-        def base() -> LlamaBase:
-            return open_base(model, max_length, threads, flash_attn=settings.flash_attn, kv_type=settings.kv_type)
-
-        if options.cache == "off":
-            streamed = StreamedStates(opened.enter_context(base()), samples)
-            states = opened.enter_context(contextlib.closing(streamed))
-        else:
-            states = kept_states(options, file, base, samples, max_length, settings.kv_type, ranks)
-            opened.close()  # the memory is the heads' from here on
+            locked.enter_context(WriterLock(run.output_dir))
+        states = open_states(run, model, samples, opened)
 
         # The heads: as they are at first, or where an earlier run left them.
-        torch.set_num_threads(threads)
+        torch.set_num_threads(run.threads)
         torch.manual_seed(options.seed)
-        heads = new_heads(shape_of(options, file), file).to(device)
+        heads = new_heads(heads_config(run), file).to(device)
         n_learnt = sum(p.numel() for p in heads.parameters())
-        tell(f"heads   {options.k_heads} ({options.head_type}), {n_learnt:,} parameters, on {device.type}")
-        size = options.batch_size * max_length
-        batches, validation = (Batches(states, indices, options.k_heads, size) for indices in (learn, check))
-        facts = {
-            **base_facts(file),
-            "token_counts": token_counts((samples[i] for i in learn), file.n_vocab),
-            "training": {"data_source": data_source(options), "tokens": n_tokens, "max_length": max_length},
-        }
-        identity = {
-            "text (SHA-256)": digest(samples),
-            "base model (SHA-256)": file.file_fingerprint(),
-            "KV_TYPE": settings.kv_type,
-        }
-        teacher = base_lm_head(heads, file) if options.loss == "kd" else None
-        trainer = Trainer(
-            heads, batches, validation, options, output_dir, facts=facts, identity=identity, teacher=teacher,
-            curve=curve, ranks=ranks,
-        )  # fmt: skip
+        kind = f"{options.k_heads} ({options.head_type})"
+        run.say(f"heads   {kind}, {n_learnt:,} parameters, on {device.type}")
+        trainer = new_trainer(run, heads, states, learn, check, curve)
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
 
@@ -143,87 +155,161 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
 
 
 def silently(message: str) -> None:
-    """Take what another process of the run says already."""
+    """Say nothing: another process of the run does."""
 
 
-def load_model(file: GGUFFile, settings: Settings, ranks: Ranks) -> LlamaModel:
+def writable_output_dir(options: TrainOptions, file: GGUFFile, *, overwrite: bool) -> Path:
+    """Return where the heads go. Raises UsageError for another run's folder, or OutputError."""
+    output_dir = choose_output_dir(options, file, HEADS_FOLDER)
+    require_writable(output_dir)
+    if not overwrite:
+        require_no_run(output_dir, options.resume_from)
+    return output_dir
+
+
+def load_model(run: Setup) -> LlamaModel:
     """Return the model. Raises ModelFileError where nothing could be drafted for it.
 
-    Of several processes each takes a GPU of its own, as far as there are any.
+    Each of several processes uses a GPU of its own, as far as there are any.
     """
-    gpus = torch.cuda.device_count() if ranks.count > 1 and settings.n_gpu_layers else 0
+    settings = run.settings
+    gpu = None
+    if run.ranks.count > 1 and settings.n_gpu_layers and torch.cuda.device_count():
+        gpu = run.ranks.local % torch.cuda.device_count()
     model = LlamaModel(
-        file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap, use_mlock=settings.use_mlock,
-        gpu=ranks.local % gpus if gpus else None,
+        run.file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap,
+        use_mlock=settings.use_mlock, gpu=gpu,
     )  # fmt: skip
     if model.can_roll_back:
         return model
     model.close()
-    raise ModelFileError(f"{file.path}: {file.architecture} models cannot roll back, so nothing can be drafted")
+    raise ModelFileError(
+        f"{run.file.path}: {run.file.architecture} models cannot roll back, "
+        "so nothing can be drafted"
+    )
 
 
-def shape_of(options: TrainOptions, file: GGUFFile) -> HeadsConfig:
-    """Return what decides the shapes of a model's heads."""
-    o = options
-    return HeadsConfig(o.k_heads, file.n_embd, file.n_vocab, o.head_layers, o.hidden_dim, o.lm_head, o.head_type)
+def step_costs(run: Setup, model: LlamaModel) -> CostCurve | None:
+    """Return what steps cost here, by which the draft tree's size is chosen; the first process's.
+
+    It holds for all, and two that measure at a time disturb each other.
+    """
+    if not run.ranks.first:
+        return None
+    settings = run.settings
+    return training_curve(
+        model, run.file.file_fingerprint(), settings.medusa_max_tokens_per_step, run.threads,
+        flash_attn=settings.flash_attn, kv_type=settings.kv_type,
+    )  # fmt: skip
+
+
+def read_samples(run: Setup, model: LlamaModel) -> list[Sample]:
+    """Return the data set as windows of the model's tokens."""
+    documents = read_documents(run.options.dataset_name, run.options.dataset_split)
+    return make_samples(
+        documents, model, template_of(run.file.metadata), run.max_length, run.options.max_tokens,
+        vocabulary=run.file.heads_fingerprint(), base=run.file.name,
+    )  # fmt: skip
+
+
+def open_states(
+    run: Setup, model: LlamaModel, samples: list[Sample], opened: contextlib.ExitStack
+) -> States:
+    """Return the states of all samples, from the cache or made whenever they are read.
+
+    opened: what holds the model. It is closed where the cache holds all: the memory is the heads'
+    from there on.
+    """
+    # What makes them: a context of the base model.
+    settings = run.settings
+
+    def base() -> LlamaBase:
+        return open_base(
+            model, run.max_length, run.threads,
+            flash_attn=settings.flash_attn, kv_type=settings.kv_type,
+        )  # fmt: skip
+
+    if run.options.cache == "off":
+        streamed = StreamedStates(opened.enter_context(base()), samples)
+        return opened.enter_context(contextlib.closing(streamed))
+
+    # The cache of this model, text and number type.
+    key = CacheKey(
+        base_fingerprint=run.file.file_fingerprint(),
+        tokenizer=run.file.heads_fingerprint(),
+        data_sha256=digest(samples),
+        max_length=run.max_length,
+        dtype=run.options.cache_dtype,
+        kv_type=settings.kv_type,
+    )
+    folder = ROOT / ".cache" / "states" / f"{run.file.path.stem}-{key.folder_name()}"
+    if run.options.cache_dir:
+        folder = Path(run.options.cache_dir)
+    states = cached_states(
+        base, run.file.n_embd, samples, folder, key,
+        data_source=data_source(run.options), ranks=run.ranks,
+    )  # fmt: skip
+    opened.close()
+    return states
+
+
+def heads_config(run: Setup) -> HeadsConfig:
+    """Return what decides the shapes of the heads."""
+    options = run.options
+    return HeadsConfig(
+        k_heads=options.k_heads, dim=run.file.n_embd, vocab=run.file.n_vocab,
+        head_layers=options.head_layers, hidden_dim=options.hidden_dim, lm_head=options.lm_head,
+        head_type=options.head_type,
+    )  # fmt: skip
+
+
+def new_trainer(
+    run: Setup,
+    heads: MedusaHeads,
+    states: States,
+    learn: list[int],
+    check: list[int],
+    curve: CostCurve | None,
+) -> Trainer:
+    """Return what trains the heads.
+
+    learn, check: indices of the samples to train and validate on.
+    """
+    # The batches.
+    options = run.options
+    samples = states.samples
+    size = options.batch_size * run.max_length
+    return Trainer(
+        heads,
+        Batches(states, learn, options.k_heads, size),
+        Batches(states, check, options.k_heads, size),
+        options,
+        run.output_dir,
+        facts={
+            **base_facts(run.file),
+            "token_counts": token_counts((samples[i] for i in learn), run.file.n_vocab),
+            "training": {
+                "data_source": data_source(options),
+                "tokens": count_tokens(samples),
+                "max_length": run.max_length,
+            },
+        },
+        identity={
+            "text (SHA-256)": digest(samples),
+            "base model (SHA-256)": run.file.file_fingerprint(),
+            "KV_TYPE": run.settings.kv_type,
+        },
+        teacher=base_lm_head(heads, run.file) if options.loss == "kd" else None,
+        curve=curve,
+        ranks=run.ranks,
+    )
 
 
 def base_lm_head(heads: MedusaHeads, file: GGUFFile) -> torch.Tensor:
     """Return the base model's LM head, where the heads are."""
-    tied = heads.config.lm_head == "tied"
-    return heads.lm_head if tied else torch.from_numpy(file.output_weight()).to(heads.weight.device)
-
-
-def kept_states(
-    options: TrainOptions, file: GGUFFile, base: Callable[[], LlamaBase], samples: list[Sample], max_length: int,
-    kv_type: str, ranks: Ranks,
-) -> States:  # fmt: skip
-    """Return the states of all samples, extracted into the cache where they aren't there yet."""
-    model, tokenizer = file.file_fingerprint(), file.heads_fingerprint()
-    key = CacheKey(model, tokenizer, digest(samples), max_length, options.cache_dtype, kv_type)
-    default = ROOT / ".cache" / "states" / f"{file.path.stem}-{key.folder_name()}"
-    folder = Path(options.cache_dir) if options.cache_dir else default
-    return cached_states(base, file.n_embd, samples, folder, key, data_source=data_source(options), ranks=ranks)
-
-
-def choose_device(name: str, number: int = 0) -> torch.device:
-    """Return the device to train on; number: which GPU. Raises UsageError for one that torch doesn't see."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if number >= torch.cuda.device_count():
-        seen = f"{torch.cuda.device_count()} CUDA devices" if torch.cuda.is_available() else "no CUDA device"
-        raise UsageError(
-            f"--device {name}: process {number} of this machine needs a GPU, torch sees {seen}; use --device cpu"
-        )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
-
-
-def choose_length(asked: int, context_length: int) -> int:
-    """Return the tokens per sequence. Raises UsageError where the model wasn't made for so many."""
-    if asked > context_length:
-        raise UsageError(f"--max_length {asked}: the model's context holds {context_length} tokens")
-    if 0 < asked < 8:
-        raise UsageError(f"--max_length {asked}: too short to learn from; use 8 or more")
-    return asked or min(LONGEST, context_length)
-
-
-def data_source(options: TrainOptions) -> str:
-    """Name the text in one line."""
-    if not options.dataset_name:
-        return f"standard library of Python {sysconfig.get_python_version()}"
-    local = Path(options.dataset_name).expanduser()
-    return local.name if local.exists() else f"{options.dataset_name} [{options.dataset_split}]"
-
-
-def absolute(options: TrainOptions) -> TrainOptions:
-    """Return the options with whole paths, so that a run can be resumed from any directory."""
-    places = ["base_model_path", "output_dir", "cache_dir", "resume_from"]
-    if Path(options.dataset_name).expanduser().exists():
-        places.append("dataset_name")
-    values = {name: getattr(options, name) for name in places}
-    whole: dict[str, Any] = {name: os.path.abspath(Path(v).expanduser()) for name, v in values.items() if v}
-    return replace(options, **whole)
+    if heads.config.lm_head == "tied":
+        return heads.lm_head
+    return torch.from_numpy(file.output_weight()).to(heads.weight.device)
 
 
 def resume_command(output_dir: Path) -> str:
@@ -237,21 +323,23 @@ def report(result: TrainResult, base_model: str) -> None:
         click.echo(f"stopped after {result.steps} steps; saved in {result.latest}; to go on:")
         click.echo(f"  {resume_command(result.output_dir)}")
         return
+    folder = result.output_dir
     click.echo(f"done    {result.steps} steps in {result.seconds:.0f} s; heads in {result.best}")
-    click.echo(f"curves  {result.output_dir / 'training.png'}; all figures: {result.output_dir / 'metrics.jsonl'}")
-    click.echo("now     measure what they bring, with")
-    paths = f"MODEL_PATH={shlex.quote(base_model)} MEDUSA_WEIGHTS_PATH={shlex.quote(str(result.best))}"
-    click.echo(f"  {paths} {script_command(ROOT / 'main.py')} bench")
+    click.echo(f"curves  {folder / 'training.png'}; all figures: {folder / 'metrics.jsonl'}")
+    click.echo("now     measure their speedup, with")
+    model = f"MODEL_PATH={shlex.quote(base_model)}"
+    heads = f"MEDUSA_WEIGHTS_PATH={shlex.quote(str(result.best))}"
+    click.echo(f"  {model} {heads} {script_command(ROOT / 'main.py')} bench")
 
 
 @click.command()
 @train_options
 def main(**values: Any) -> None:
-    """Train Medusa heads for a GGUF file."""
+    """Train draft heads for a GGUF file."""
     options = TrainOptions(**values)
     if not options.base_model_path:
         options = replace(options, base_model_path=str(Settings.load().model_path))
-    options = absolute(options)
+    options = with_absolute_paths(options)
     result = train(options)
     if ranks_asked_for().first:
         report(result, options.base_model_path)

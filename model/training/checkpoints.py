@@ -1,7 +1,8 @@
-"""What is kept to go on with a run: weights, optimiser, progress and options, as safetensors and JSON in one file.
+"""Checkpoints, to go on with a run: weights, optimiser, progress and options.
 
-Lies beside the latest heads and is replaced together with them. Nothing random is used in training but the
-order of samples, which seed and epoch decide.
+One safetensors file, which lies beside the latest heads and is replaced together with them. Nothing
+random is used in training but the order of samples, which seed and epoch decide. Knows nothing of
+batches and losses.
 """
 
 from __future__ import annotations
@@ -16,16 +17,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from model.errors import UsageError
+from model.errors import UsageError, one_line
+from model.storage.whole_folder import former_folder
 from model.training.options import TrainOptions, changed_options
 
 STATE_FILE = "trainer_state.safetensors"
 Parameters = dict[str, torch.nn.Parameter]
 
 
-@dataclass
-class Progress:
-    """Where a run stands: what is needed, beside weights and optimiser, to go on with it."""
+@dataclass(kw_only=True)
+class RunProgress:
+    """How far a run is: what is needed, beside weights and optimiser, to go on with it."""
 
     step: int = 0  # of the optimiser, in all
     epoch: int = 0  # finished ones
@@ -40,14 +42,16 @@ def save_run(
     folder: Path,
     parameters: Parameters,
     optimizer: torch.optim.Optimizer,
-    progress: Progress,
+    progress: RunProgress,
     options: TrainOptions,
     identity: dict[str, str],
 ) -> None:
-    """Write the state of a run into a folder that is swapped in as a whole (see heads/files.py)."""
+    """Write the state of a run into a folder that is swapped in whole (storage/whole_folder.py)."""
     tensors = {f"heads.{name}": p.detach().cpu().contiguous() for name, p in parameters.items()}
     for number, values in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{number}.{key}": value.cpu().contiguous() for key, value in values.items()}
+        tensors |= {
+            f"optimizer.{number}.{key}": value.cpu().contiguous() for key, value in values.items()
+        }
     state = {"progress": asdict(progress), "options": asdict(options), "identity": identity}
     save_file(tensors, folder / STATE_FILE, {"run": json.dumps(state)})
 
@@ -58,13 +62,18 @@ def load_run(
     optimizer: torch.optim.Optimizer,
     options: TrainOptions,
     identity: dict[str, str],
-) -> Progress:
-    """Take up a run that `save_run` wrote; return where it stands. Raises UsageError where it is not this run."""
+) -> RunProgress:
+    """Take over the weights and optimiser that `save_run` wrote; return how far that run is.
+
+    Raises UsageError where it is not this run.
+    """
     state = read_run(path)
     changed = changed_options(state["options"], options)
     changed += [name for name, value in identity.items() if state["identity"].get(name) != value]
     if changed:
-        raise UsageError(f"--resume_from {path}: that run had another {', '.join(changed)}; begin a new one")
+        raise UsageError(
+            f"--resume_from {path}: that run had another {', '.join(changed)}; begin a new one"
+        )
     with safe_open(_state_file(path), framework="pt") as file, torch.no_grad():
         moments: dict[int, dict[str, Tensor]] = {}
         for name in file.keys():  # noqa: SIM118 (not a mapping)
@@ -75,24 +84,31 @@ def load_run(
                 number, key = rest.split(".")
                 moments.setdefault(int(number), {})[key] = file.get_tensor(name)
     optimizer.load_state_dict({**optimizer.state_dict(), "state": moments})
-    return Progress(**state["progress"])
+    return RunProgress(**state["progress"])
 
 
 def read_run(path: Path) -> dict[str, Any]:
-    """Return progress, options and identity of the run in a folder. Raises UsageError where there is none."""
+    """Return progress, options and identity of the run in a folder.
+
+    Raises UsageError where there is none.
+    """
     try:
         with safe_open(_state_file(path), framework="pt") as file:
             state: dict[str, Any] = json.loads((file.metadata() or {})["run"])
             return state
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UsageError(f"--resume_from {path}: no run to go on with ({' '.join(str(error).split())})") from error
+        raise UsageError(
+            f"--resume_from {path}: no run to go on with ({one_line(error)})"
+        ) from error
 
 
 def _state_file(path: Path) -> Path:
-    """Find a run's state in its output folder, or in the folder of its latest heads (or that folder's former self)."""
-    places = [
-        path / STATE_FILE,
-        path / "medusa_heads_latest" / STATE_FILE,
-        path / ".medusa_heads_latest.old" / STATE_FILE,
-    ]
-    return next((place for place in places if place.exists()), places[0])
+    """Find a run's state in its output folder, or in the folder of its latest heads.
+
+    While that one is being replaced, in its former version.
+    """
+    latest = path / "medusa_heads_latest"
+    for folder in (path, latest, former_folder(latest)):
+        if (folder / STATE_FILE).exists():
+            return folder / STATE_FILE
+    return path / STATE_FILE

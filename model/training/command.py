@@ -1,4 +1,7 @@
-"""How anything that a user runs ends when something is wrong: one line and an exit status. Knows no options."""
+"""Commands that end well: what a user can cause is one line and an exit status.
+
+Knows no options.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ def script_command(script: Path) -> str:
 
 
 @contextmanager
-def one_line(stopped: str = "stopped") -> Iterator[None]:
-    """Turn what a user can cause into one line and exit status 2; Ctrl-C says `stopped` and gives 130."""
+def errors_in_one_line(stopped: str = "stopped") -> Iterator[None]:
+    """Turn what a user can cause into one line and status 2; Ctrl-C says `stopped`, status 130."""
     try:
         yield
     except (MedusaError, click.ClickException) as error:
@@ -38,5 +41,5 @@ def one_line(stopped: str = "stopped") -> Iterator[None]:
 
 def run_command(command: click.Command, stopped: str) -> None:
     """Run a command."""
-    with one_line(stopped):
+    with errors_in_one_line(stopped):
         command.main(standalone_mode=False)

@@ -1,6 +1,7 @@
-"""How good heads are on held-out text: loss, accuracies, and how many tokens drafts would earn per step.
+"""Evaluation of heads on held-out text: loss, accuracies, tokens per step of their drafts.
 
-Measured on given text, token by token; what a running model accepts of its own text differs somewhat.
+Measured on given text, token by token; what a running model accepts of its own text differs
+somewhat. Knows no files and no optimiser.
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ import torch
 from torch import Tensor
 
 from model.heads.medusa import MedusaHeads
-from model.training.batches import Batch
+from model.training.states.batches import Batch
 
-RANKS = 10
+RANKS = 10  # guesses of each head that are told apart
 LOGIT_BYTES = 256 << 20  # of one chunk
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Evaluation:
     """Figures of one validation; lists go by head.
 
-    loss: cross-entropy, weighted as in training; rank_accuracies: (K, RANKS), how often the wanted token is the r-th
-    best guess, given that the best guesses of all heads before were right; acceptance_length: tokens per step of a
-    chain of best guesses, the base model's own included; ranks: (positions, K) int8, which guess was right, RANKS for
-    none, -1 where nothing was wanted; tree_length: tokens per step of the tuned tree, which has tree_nodes nodes.
+    loss: cross-entropy, weighted as in training. rank_accuracies: (K, RANKS), how often the wanted
+    token is the r-th best guess, given that the best guesses of all heads before were right.
+    acceptance_length: tokens per step of a chain of best guesses, the base model's own included.
+    ranks: (positions, K) int8, which guess was right, RANKS for none, -1 where nothing was wanted.
+    tree_length: tokens per step of the tuned tree, which has tree_nodes nodes.
     """
 
     loss: float
@@ -46,7 +48,7 @@ class Evaluation:
 
 
 class _Sums:
-    """What is counted, by head: (K,) or (K, RANKS + 1), the last place for worse ranks."""
+    """What is counted, by head: (K,) or (K, RANKS + 1), the last column for worse ranks."""
 
     def __init__(self, k_heads: int) -> None:
         self.losses = torch.zeros(k_heads, dtype=torch.float64)
@@ -57,19 +59,20 @@ class _Sums:
 
     def add(self, logits: Tensor, targets: Tensor) -> None:
         """Count logits (K, n, V) against targets (n, K)."""
-        alive = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
+        # Where the best guesses of all heads so far would have been accepted.
+        accepted = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
         seen = torch.full(targets.shape, -1, dtype=torch.int8)
         for k, (scores, wanted) in enumerate(zip(logits, targets.T, strict=True)):
             valid = wanted >= 0
             mine = scores.gather(1, wanted.clamp(min=0)[:, None])
             losses = scores.logsumexp(1) - mine[:, 0]
             ranks = (scores > mine).sum(1).clamp(max=RANKS)
-            alive = alive & valid
+            reached = accepted & valid
             self.losses[k] += losses[valid].double().sum().cpu()
             self.counts[k] += int(valid.sum())
             self.ranks[k] += torch.bincount(ranks[valid], minlength=RANKS + 1).cpu()
-            self.reached[k] += torch.bincount(ranks[alive], minlength=RANKS + 1).cpu()
-            alive = alive & (ranks == 0)
+            self.reached[k] += torch.bincount(ranks[reached], minlength=RANKS + 1).cpu()
+            accepted = reached & (ranks == 0)
             seen[:, k] = torch.where(valid, ranks, -1).to(torch.int8).cpu()
         self.seen.append(seen)
 
@@ -90,7 +93,10 @@ def evaluate(heads: MedusaHeads, batches: Iterable[Batch]) -> Evaluation:
     for batch in batches:
         parts = (batch.states.split(chunk), batch.tokens.split(chunk), batch.targets.split(chunk))
         for states, tokens, targets in zip(*parts, strict=True):
-            sums.add(heads.logits(states.to(device, torch.float32), tokens.to(device)), targets.to(device))
+            sums.add(
+                heads.logits(states.to(device, torch.float32), tokens.to(device)),
+                targets.to(device),
+            )
             positions += len(targets)
     counts = sums.counts.clamp(min=1)
     losses = sums.losses / counts
@@ -103,5 +109,5 @@ def evaluate(heads: MedusaHeads, batches: Iterable[Batch]) -> Evaluation:
         rank_accuracies=[[round(rate, 6) for rate in row] for row in rates.tolist()],
         acceptance_length=1.0 + float(rates[:, 0].cumprod(0).sum()),
         positions=positions,
-        ranks=torch.cat(sums.seen) if sums.seen else torch.zeros((0, config.k_heads), dtype=torch.int8),
+        ranks=torch.cat([torch.zeros((0, config.k_heads), dtype=torch.int8), *sums.seen]),
     )

@@ -1,4 +1,7 @@
-"""Where a run writes: the folder that is named, that of the run it goes on with, or the model's own."""
+"""The output folder of a run: the one that is named, the resumed run's, or the model's own.
+
+Knows nothing of what is written there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from model.base.gguf_file import GGUFFile
 from model.errors import UsageError
 from model.training.options import TrainOptions
 
-BUNDLED = "tiny-python"  # its heads in medusa_heads_weights/ come with the project and are not overwritten
+BUNDLED = "tiny-python"  # its heads in medusa_heads_weights/ are the project's own, and stay
 DEMO = "demo"  # `main.py demo` trains there, each time anew
 
 
@@ -32,8 +35,9 @@ def run_folder(resume_from: str) -> Path:
 def default_output_dir(base_model: Path, fingerprint: str, heads_folder: Path) -> Path:
     """Return the model's own folder below heads_folder.
 
-    Never the demo's, nor the one whose heads come with the project. One that belongs to another base model of the same
-    name, or to none, is left alone: the folder's name ends with a piece of the fingerprint then.
+    Never the demo's, nor the one whose heads come with the project. One that belongs to another
+    base model of the same name, or to none, is left alone: the folder's name ends with a piece of
+    the fingerprint then.
     """
     bundled = base_model.stem.split(".")[0] == BUNDLED
     folder = heads_folder / (f"{BUNDLED}-retrained" if bundled else base_model.stem)
@@ -59,6 +63,6 @@ def require_no_run(output_dir: Path, resume_from: str) -> None:
     resumed = resume_from and run_folder(resume_from).resolve() == output_dir.resolve()
     if not resumed and _heads_in(output_dir):
         raise UsageError(
-            f"{output_dir}: holds the heads of an earlier run; go on with it (--resume_from {output_dir}) "
-            "or name another --output_dir"
+            f"{output_dir}: holds the heads of an earlier run; "
+            f"go on with it (--resume_from {output_dir}) or name another --output_dir"
         )

@@ -1,7 +1,7 @@
-"""One run in several processes, as torchrun starts them: who this one is, and what they tell each other.
+"""Ranks: one run in several processes, as torchrun starts them, and what they exchange.
 
-A process that was started without torchrun is the only one, and everything here returns at once. Knows neither heads
-nor files.
+A process that was started without torchrun is the only one, and everything here returns at once.
+Knows neither heads nor files.
 """
 
 from __future__ import annotations
@@ -18,14 +18,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model.errors import DataError, UsageError
+from model.errors import DataError, UsageError, one_line
 
-PATIENCE = timedelta(days=7)  # the others may extract for days; one that dies closes its connections, which is noticed
+# The others may extract for days; one that dies closes its connections, which is noticed.
+TIMEOUT = timedelta(days=7)
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """rank: this process's number of `count`; local: its number on this machine, `local_count` there."""
+    """Which process of a run this is.
+
+    rank: its number of `count`; local: its number on this machine, of `local_count` there.
+    """
 
     rank: int = 0
     count: int = 1
@@ -34,7 +38,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes and tells."""
+        """Whether this is the process that writes and reports."""
         return self.rank == 0
 
     def wait(self) -> None:
@@ -52,7 +56,10 @@ class Ranks:
         everything = torch.zeros(self.count, most, dtype=torch.uint8)
         everything[self.rank, : len(mine)] = mine
         self.sum(everything)
-        return [json.loads(bytes(row[:size].tolist())) for row, size in zip(everything, sizes.tolist(), strict=True)]
+        return [
+            json.loads(bytes(row[:size].tolist()))
+            for row, size in zip(everything, sizes.tolist(), strict=True)
+        ]
 
     def first_says(self, value: Any) -> Any:
         """Return the first process's value: what follows from it must be the same for all."""
@@ -73,8 +80,16 @@ ALONE = Ranks()
 
 
 def ranks_asked_for() -> Ranks:
-    """Read what torchrun has put into the environment. Raises UsageError where that makes no sense."""
-    names = {"rank": "RANK", "count": "WORLD_SIZE", "local": "LOCAL_RANK", "local_count": "LOCAL_WORLD_SIZE"}
+    """Read what torchrun has put into the environment.
+
+    Raises UsageError where that makes no sense.
+    """
+    names = {
+        "rank": "RANK",
+        "count": "WORLD_SIZE",
+        "local": "LOCAL_RANK",
+        "local_count": "LOCAL_WORLD_SIZE",
+    }
     if "WORLD_SIZE" not in os.environ:
         return ALONE
     try:
@@ -92,14 +107,15 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if ranks.count == 1:
         yield
         return
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=TIMEOUT
+    )
     try:
         yield
     except RuntimeError as error:  # gloo's and nccl's
-        line = " ".join(str(error).split())[:200]
         raise DataError(
-            f"another process of this run is gone, and says why ({line}); what is finished is kept: the same command "
-            "goes on"
+            f"another process of this run is gone, and says why ({one_line(error)}); "
+            "what is finished is kept: the same command goes on"
         ) from error
     finally:
         dist.destroy_process_group()

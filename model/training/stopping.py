@@ -1,4 +1,4 @@
-"""How a run is asked to stop: the first Ctrl-C or SIGTERM sets an event. Knows nothing of training."""
+"""Requests to stop a run: the first Ctrl-C or SIGTERM sets an event. Knows nothing of training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ def stop_on_request() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, former[signal.SIGINT])
         click.echo("\nstopping after this step (once more: at once, without saving)", err=True)
 
-    former: dict[int, Any] = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    former: dict[int, Any] = {
+        number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield stop
     finally:

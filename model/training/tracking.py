@@ -1,4 +1,7 @@
-"""Experiment trackers: TensorBoard, Weights & Biases where it is installed, or none. Knows no figures."""
+"""Experiment trackers: TensorBoard, Weights & Biases where it is installed, or none.
+
+Know nothing of what the figures mean.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,17 @@ class Tracker(Protocol):
 def require_tracker(name: str) -> None:
     """Raise UsageError for a tracker that is not installed."""
     if name == "wandb" and importlib.util.find_spec("wandb") is None:
-        raise UsageError("--report_to wandb: wandb is not installed; pip install wandb, or use --report_to tensorboard")
+        raise UsageError(
+            "--report_to wandb: wandb is not installed; "
+            "pip install wandb, or use --report_to tensorboard"
+        )
 
 
 def open_tracker(name: str, folder: Path, until_step: int) -> Tracker:
-    """Return the tracker of a run in a folder, which goes on behind until_step. Raises UsageError."""
+    """Return the tracker of a run in a folder, which goes on after until_step.
+
+    Raises UsageError.
+    """
     require_tracker(name)
     kinds: dict[str, Any] = {"tensorboard": _TensorBoard, "wandb": _Wandb, "none": _Nothing}
     tracker: Tracker = kinds[name](folder, until_step)
@@ -54,7 +63,9 @@ class _Wandb:
     def __init__(self, folder: Path, until_step: int) -> None:
         wandb: Any = importlib.import_module("wandb")
         name = folder.resolve().name
-        self._run = wandb.init(project="medusa-gguf", group=name, name=f"{name}, step {until_step}", dir=str(folder))
+        self._run = wandb.init(
+            project="medusa-gguf", group=name, name=f"{name}, step {until_step}", dir=str(folder)
+        )
 
     def add(self, numbers: dict[str, float], step: int) -> None:
         self._run.log(numbers, step=step)

@@ -1,7 +1,7 @@
-"""The file of answers: ShareGPT JSON lines with token ids, one line per finished prompt, resumed after a kill.
+"""The file of answers: ShareGPT JSON lines with token ids, resumed after a kill.
 
-Beside `answers.jsonl`, the folder `.answers.jsonl.run` holds the options that it was begun with, and the writer's lock.
-Knows nothing of how answers come about.
+One line per finished prompt. Beside `answers.jsonl`, the folder `.answers.jsonl.run` holds the
+options that it was begun with, and the writer's lock. Knows nothing of how answers come about.
 """
 
 from __future__ import annotations
@@ -18,21 +18,22 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from model.base.chat import Message
-from model.base.whole_file import require_ordinary, whole_file
 from model.decoding.loops import GRAM, count_repeats
 from model.errors import DataError, OutputError
-from model.training.storage import WriterLock, require_writable
+from model.storage.disk_room import require_writable
+from model.storage.folder_lock import WriterLock
+from model.storage.whole_file import require_ordinary, whole_file
 
 FROM = {"system": "system", "user": "human", "assistant": "gpt"}  # ShareGPT's names
 SYNC_S = 5.0  # seconds between two fsyncs: what a power cut may cost
 
 
-@dataclass(frozen=True)
-class Answer:
+@dataclass(frozen=True, kw_only=True)
+class DistilledAnswer:
     """A prompt with the answers of the base model.
 
-    tokens: all ids, the begin mark included; spans: (start, end) of each answer in them. finish_reason: of the last
-    answer, "stop", "length" or "loop".
+    tokens: all ids, the begin mark included; spans: (start, end) of each answer in them.
+    finish_reason: of the last answer, "stop", "length" or "loop".
     """
 
     id: str
@@ -43,14 +44,18 @@ class Answer:
     finish_reason: str
 
 
-def shared(messages: Sequence[Message]) -> list[dict[str, str]]:
+def sharegpt(messages: Sequence[Message]) -> list[dict[str, str]]:
     """Return messages as ShareGPT writes them."""
     return [{"from": FROM[message["role"]], "value": message["content"]} for message in messages]
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Tally:
-    """Counts over many answers: how many, their tokens, 8-grams and repeated ones, those cut where they looped."""
+    """Counts over many answers.
+
+    grams: their 8-grams; repeated: those that stood in the same answer before; loops: answers that
+    were cut where they looped.
+    """
 
     answers: int = 0
     tokens: int = 0
@@ -64,12 +69,12 @@ class Tally:
         return self.repeated / self.grams if self.grams else 0.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class AnswerFile:
     """The file while it is written, by one process at a time.
 
-    facts: fields that every line carries (whose ids they are). identity: what must be the same when a run goes on.
-    done: ids of finished prompts. by_temperature: counts of all lines.
+    facts: fields that every line carries (whose ids they are). identity: what must be the same when
+    a run goes on. done: ids of finished prompts. by_temperature: counts of all lines.
     """
 
     path: Path
@@ -86,15 +91,24 @@ class AnswerFile:
             self._check_identity()
             self._read()
             try:
-                self._file: TextIO = opened.enter_context(self.path.open("a", encoding="utf-8", errors="replace"))
+                file = self.path.open("a", encoding="utf-8", errors="replace")
             except OSError as error:
-                raise OutputError(f"{self.path}: cannot be written ({error.strerror}); name another file") from error
+                raise OutputError(
+                    f"{self.path}: cannot be written ({error.strerror}); name another file"
+                ) from error
+            self._file: TextIO = opened.enter_context(file)
             self._opened = opened.pop_all()
         self._synced = monotonic()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        with self._opened, contextlib.suppress(OSError):  # what cannot be synced was reported when it was written
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        # What cannot be synced was reported when it was written.
+        with self._opened, contextlib.suppress(OSError):
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -103,26 +117,36 @@ class AnswerFile:
         return self.path.with_name(f".{self.path.name}.run")
 
     def _check_identity(self) -> None:
-        """Remember what the file is begun with; raises DataError where it was begun with something else."""
+        """Write down what the file is begun with.
+
+        Raises DataError where it was begun with something else.
+        """
         options = self._folder / "options.json"
         if not self.path.exists() or not self.path.stat().st_size:
-            with whole_file(options) as draft:
-                draft.write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
+            with whole_file(options) as new:
+                new.write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
             return
         try:
             begun = json.loads(options.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            raise DataError(f"{self.path}: there is no telling how it was begun; name another --output") from None
+            raise DataError(
+                f"{self.path}: there is no telling how it was begun; name another --output"
+            ) from None
         differs = [
             f"{key} {begun.get(key)} then, {value} now"
             for key, value in self.identity.items()
             if begun.get(key) != json.loads(json.dumps(value))
         ]
         if differs:
-            raise DataError(f"{self.path}: was begun otherwise: {'; '.join(differs)}; name another --output")
+            raise DataError(
+                f"{self.path}: was begun otherwise: {'; '.join(differs)}; name another --output"
+            )
 
     def _read(self) -> None:
-        """Count what is there; a last line that a kill has torn goes. Raises DataError for any other broken line."""
+        """Count what is there; a last line that a kill has torn goes.
+
+        Raises DataError for any other broken line.
+        """
         if not self.path.exists():
             return
         with self.path.open("r+b") as file:
@@ -133,29 +157,34 @@ class AnswerFile:
                         raise ValueError
                     self._count(json.loads(line))
                 except (ValueError, KeyError, TypeError):
-                    if file.read(1):
-                        raise DataError(
-                            f"{self.path}, line {number}: is no answer; mend it or name another --output"
-                        ) from None
-                    file.truncate(start)
-                    return
+                    is_last = not file.read(1)
+                    if is_last:
+                        file.truncate(start)
+                        return
+                    raise DataError(
+                        f"{self.path}, line {number}: is no answer; "
+                        "mend it or name another --output"
+                    ) from None
                 start += len(line)
 
     def _count(self, line: dict[str, Any]) -> None:
         lengths = [end - start for start, end in line["answer_spans"]]
         grams = sum(max(0, length - GRAM + 1) for length in lengths)
-        repeated, looped = round(line["repeated_8grams"] * grams), line["finish_reason"] == "loop"
+        repeated = round(line["repeated_8grams"] * grams)
+        looped = line["finish_reason"] == "loop"
         tally = self.by_temperature[line["temperature"]]
         self.done.add(line["id"])
         tally.answers += 1
         tally.tokens += sum(lengths)
         tally.grams += grams
         tally.repeated += repeated
-        tally.loops += looped
+        if looped:
+            tally.loops += 1
 
-    def add(self, answer: Answer) -> None:
+    def add(self, answer: DistilledAnswer) -> None:
         """Write one finished prompt."""
-        repeated, grams = count_repeats(answer.tokens[start:end] for start, end in answer.spans)
+        spoken = (answer.tokens[start:end] for start, end in answer.spans)
+        repeated, grams = count_repeats(spoken)
         line = {
             "id": answer.id,
             "conversations": answer.conversations,
@@ -173,5 +202,7 @@ class AnswerFile:
                 os.fsync(self._file.fileno())
                 self._synced = monotonic()
         except OSError as error:
-            raise OutputError(f"{self.path}: cannot be written ({error.strerror}); make room") from error
+            raise OutputError(
+                f"{self.path}: cannot be written ({error.strerror}); make room"
+            ) from error
         self._count(line)

@@ -1,4 +1,7 @@
-"""A progress bar over prompts that also says how fast tokens come. Knows nothing of where they come from."""
+"""A progress bar over prompts that also says how fast tokens come.
+
+Knows nothing of their source.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,19 @@ BAR = "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} prompts{postfix}
 REFRESH_S = 0.5
 
 
-class Progress:
-    """The bar on the terminal, what has failed, and tokens per second of this run. Close it when the work is done."""
+class ProgressBar:
+    """The bar on the terminal, what has failed, and tokens per second of this run.
+
+    Close it when the work is done.
+    """
 
     def __init__(self, total: int, done: int) -> None:
+        self.tokens = 0
+        self.seconds = 0.0
+        self.failed = 0
         self._bar = tqdm(total=total, initial=done, desc="answers", bar_format=BAR)
-        self._began = self._shown = perf_counter()
-        self.tokens, self.seconds, self.failed = 0, 0.0, 0
+        self._began = perf_counter()
+        self._shown = self._began
 
     @property
     def rate(self) -> float:
@@ -25,7 +34,7 @@ class Progress:
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def tick(self, tokens: int) -> None:
-        """Count tokens that were won just now."""
+        """Count tokens that came just now."""
         self.tokens += tokens
         now = perf_counter()
         self.seconds = now - self._began

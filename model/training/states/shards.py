@@ -1,4 +1,4 @@
-"""One shard of a states cache: a safetensors file with the states of some samples, one after the other.
+"""A shard of a states cache: a safetensors file with the states of some samples.
 
 fp16, or fp8 (e4m3) with a scale per token. Knows nothing of manifests and of who reads shards.
 """
@@ -17,16 +17,17 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from model.base.whole_file import whole_file
-from model.training.extraction import Rows
-from model.training.text import Sample
+from model.storage.whole_file import whole_file
+from model.training.data.samples import Sample
+from model.training.states.extraction import Rows
 
 SHARD_BYTES = 64 << 20
 MAX_SHARDS = 512  # all of them stay mapped while training
-F16_MAX, F8_MAX = 65504.0, 448.0
+F16_MAX = 65504.0
+F8_MAX = 448.0
 
 
-@dataclass
+@dataclass(kw_only=True)
 class Shard:
     """One finished file: which samples' states it holds, one after the other."""
 
@@ -50,7 +51,8 @@ def plan_shards(samples: Sequence[Sample], row_bytes: int, shard_bytes: int) -> 
     size = limit
     for i, sample in enumerate(samples):
         if size >= limit:
-            shards.append(Shard(f"states-{len(shards):05}.safetensors", i, []))
+            file = f"states-{len(shards):05}.safetensors"
+            shards.append(Shard(file=file, first_sample=i, lengths=[]))
             size = 0
         shards[-1].lengths.append(len(sample.tokens))
         size += len(sample.tokens) * row_bytes
@@ -58,11 +60,13 @@ def plan_shards(samples: Sequence[Sample], row_bytes: int, shard_bytes: int) -> 
 
 
 def to_float8(rows: Rows, peaks: npt.NDArray[np.float32]) -> tuple[Tensor, Tensor]:
-    """Return e4m3 values (n, D) and a scale per row (n,); peaks: (n,), each row's largest absolute value.
+    """Return e4m3 values (n, D) and a scale per row (n,).
 
-    A row of zeros gets scale 1; values are at most 2^-4 of themselves, or 2^-10 of the row's scale, off.
+    peaks: (n,), each row's largest absolute value. A row of zeros gets scale 1. Values are at most
+    2^-4 of themselves, or 2^-10 of the row's scale, off.
     """
-    scales = torch.from_numpy(np.where((peaks > 0) & np.isfinite(peaks), peaks / F8_MAX, 1).astype(np.float32))
+    usable = (peaks > 0) & np.isfinite(peaks)
+    scales = torch.from_numpy(np.where(usable, peaks / F8_MAX, 1).astype(np.float32))
     return (torch.from_numpy(rows) / scales[:, None]).to(torch.float8_e4m3fn), scales
 
 
@@ -71,7 +75,9 @@ class ShardBuilder:
 
     def __init__(self, shard: Shard, dim: int, dtype: str) -> None:
         kind = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn}[dtype]
-        self.shard, self.dtype, self.at = shard, dtype, 0
+        self.shard = shard
+        self.dtype = dtype
+        self.n_rows = 0  # so far
         self.tensors = {"states": torch.zeros((shard.n_tokens, dim), dtype=kind)}
         if dtype == "fp8":
             self.tensors["scales"] = torch.ones(shard.n_tokens)
@@ -79,7 +85,7 @@ class ShardBuilder:
 
     def add(self, rows: Rows) -> None:
         """Convert and keep the next rows (n, D)."""
-        here = slice(self.at, self.at + len(rows))
+        here = slice(self.n_rows, self.n_rows + len(rows))
         peaks = np.abs(rows).max(axis=1)  # NaN and Inf go through
         if self.dtype == "fp16":
             self.good[here] = peaks <= F16_MAX
@@ -87,24 +93,33 @@ class ShardBuilder:
                 self.tensors["states"].numpy()[here] = rows
         else:
             self.good[here] = np.isfinite(peaks)
-            self.tensors["states"][here], self.tensors["scales"][here] = to_float8(rows, peaks)
-        self.at += len(rows)
+            values, scales = to_float8(rows, peaks)
+            self.tensors["states"][here] = values
+            self.tensors["scales"][here] = scales
+        self.n_rows += len(rows)
 
     def finish(self, folder: Path, samples: Sequence[Sample]) -> Shard:
-        """Write the shard whole: temporary name, fsync, rename."""
-        assert self.at == self.shard.n_tokens
+        """Write the shard whole; return it with its checksum and the samples that were rejected."""
+        assert self.n_rows == self.shard.n_tokens
         ends = np.cumsum(self.shard.lengths)
         bad = np.unique(np.searchsorted(ends, np.flatnonzero(~self.good), side="right"))
         for number in bad.tolist():
-            rows = slice(int(ends[number]) - self.shard.lengths[number], int(ends[number]))
-            self.tensors["states"][rows] = torch.zeros(1).to(self.tensors["states"].dtype)
-            self.shard.rejected.append(self.shard.first_sample + number)
-            name = samples[self.shard.first_sample + number].name
-            click.echo(
-                f"sample {name}: its states hold NaN, Inf or more than {self.dtype} takes; never trained on", err=True
-            )
+            self._reject(number, int(ends[number]), samples)
         data = safetensors.torch.save(self.tensors)
         self.shard.sha256 = hashlib.sha256(data).hexdigest()
-        with whole_file(folder / self.shard.file) as draft:
-            draft.write_bytes(data)
+        with whole_file(folder / self.shard.file) as new:
+            new.write_bytes(data)
         return self.shard
+
+    def _reject(self, number: int, end: int, samples: Sequence[Sample]) -> None:
+        """Leave a sample's rows, which end before `end`, empty. number: in this shard."""
+        rows = slice(end - self.shard.lengths[number], end)
+        states = self.tensors["states"]
+        states[rows] = torch.zeros(1).to(states.dtype)
+        sample = self.shard.first_sample + number
+        self.shard.rejected.append(sample)
+        click.echo(
+            f"sample {samples[sample].name}: its states hold NaN, Inf or more than {self.dtype} "
+            "holds; never trained on",
+            err=True,
+        )
