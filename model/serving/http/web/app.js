@@ -1,12 +1,12 @@
-// The page: asks this server, streams what comes, and tints the tokens that drafts won.
+// The page: asks this server, streams the answers, and tints accepted draft tokens.
 // A model's text reaches the page as text nodes alone, never as HTML.
 "use strict";
 
 const $ = (id) => document.getElementById(id);
 const chosen = (name) => document.querySelector(`input[name=${name}]:checked`).value;
-const TITLES = { none: "plain", auto: "Medusa" };
+const TITLES = { none: "plain", auto: "speculative" };
 let conversation = []; // messages so far
-let running = null; // stops what is being written
+let running = null; // aborts the requests under way
 
 function element(tag, className = "", text = "") {
   const made = document.createElement(tag);
@@ -25,15 +25,15 @@ function headers() {
   return { "Content-Type": "application/json", ...(key && { Authorization: `Bearer ${key}` }) };
 }
 
-async function asked(path, options = {}) {
+async function ask(path, options = {}) {
   const response = await fetch(path, { headers: headers(), ...options });
   if (response.ok) return response;
-  const told = await response.json().catch(() => ({}));
+  const answer = await response.json().catch(() => ({}));
   if (response.status === 401) {
     $("more").open = true;
     $("key").focus();
   }
-  const error = new Error(told.error?.message ?? `the server answers ${response.status}`);
+  const error = new Error(answer.error?.message ?? `the server answers ${response.status}`);
   error.loading = response.status === 503;
   throw error;
 }
@@ -57,35 +57,35 @@ async function* chunks(body) {
   }
 }
 
-// A text on the page. Pieces and tokens need not end together: a possible stop string is held back.
-class Lane {
+// An answer on the page. Text and tokens need not end together: a possible stop string is held back.
+class Panel {
   constructor(draft, before) {
-    this.box = element("article", "lane");
+    this.box = element("article", "panel");
     this.figures = element("p", "figures", "waiting");
     this.text = element("div", "text");
     if (before) this.text.append(element("span", "before", before));
     this.box.append(element("h2", "", TITLES[draft]), this.text, this.figures);
     this.written = "";
     this.waiting = []; // tokens whose text has not come yet
-    this.tokens = this.free = this.depth = this.since = this.rate = 0;
+    this.tokens = this.accepted = this.depth = this.since = this.rate = 0;
   }
 
-  add(piece, tokens) {
+  add(text, tokens) {
     this.since ||= performance.now();
     for (const token of tokens) {
       this.depth = token.drafted ? this.depth + 1 : 0;
       this.tokens += 1;
-      this.free += token.drafted;
-      this.waiting.push({ text: token.text, tint: this.depth ? `free${Math.min(this.depth, 4)}` : "" });
+      this.accepted += token.drafted;
+      this.waiting.push({ text: token.text, tint: this.depth ? `depth${Math.min(this.depth, 4)}` : "" });
     }
-    this.written += piece;
+    this.written += text;
     const log = $("log");
-    const follows = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
-    for (let rest = piece; rest; ) {
+    const atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 60;
+    for (let rest = text; rest; ) {
       const token = this.waiting[0] ?? { text: rest, tint: "" };
       let part = token.text;
       if (!rest.startsWith(part)) {
-        part = rest; // the token goes on in the next piece, or its text is told in another way
+        part = rest; // the token goes on in the next chunk, or its text is shown in another form
         token.text = token.text.startsWith(rest) ? token.text.slice(rest.length) : "";
       } else this.waiting.shift();
       if (part) this.text.append(token.tint ? element("span", token.tint, part) : part);
@@ -94,7 +94,7 @@ class Lane {
     const seconds = (performance.now() - this.since) / 1000;
     if (seconds > 0.05) this.rate = this.tokens / seconds;
     this.show();
-    if (follows) log.scrollTop = log.scrollHeight;
+    if (atEnd) log.scrollTop = log.scrollHeight;
   }
 
   finish(timings) {
@@ -102,15 +102,15 @@ class Lane {
     this.show(timings?.acceptance_length);
   }
 
-  // Every step wins one token of the model's own: the others came free.
-  show(length = this.tokens / Math.max(1, this.tokens - this.free)) {
+  // Every step emits one token of the base model's own: the others are accepted draft tokens.
+  show(length = this.tokens / Math.max(1, this.tokens - this.accepted)) {
     this.figures.textContent =
-      `${this.tokens} tokens, ${this.free} of them free · ${this.rate.toFixed(1)} tokens/s · ` +
+      `${this.tokens} tokens, ${this.accepted} of them drafted · ${this.rate.toFixed(1)} tokens/s · ` +
       `acceptance length ${(length ?? 1).toFixed(2)}`;
   }
 
-  async write(path, request, signal) {
-    const response = await asked(path, { method: "POST", body: JSON.stringify(request), signal });
+  async stream(path, request, signal) {
+    const response = await ask(path, { method: "POST", body: JSON.stringify(request), signal });
     let timings;
     for await (const chunk of chunks(response.body)) {
       const choice = chunk.choices[0];
@@ -123,44 +123,44 @@ class Lane {
 
 function request(draft, prompt) {
   const chat = chosen("kind") === "chat";
-  const what = chat ? { messages: [...conversation, { role: "user", content: prompt }] } : { prompt };
+  const input = chat ? { messages: [...conversation, { role: "user", content: prompt }] } : { prompt };
   const numbers = {};
   for (const name of ["temperature", "max_tokens", "seed"])
     if ($(name).value !== "") numbers[name] = Number($(name).value);
-  return [chat ? "v1/chat/completions" : "v1/completions", { ...what, ...numbers, draft, stream: true, token_details: true }];
+  return [chat ? "v1/chat/completions" : "v1/completions", { ...input, ...numbers, draft, stream: true, token_details: true }];
 }
 
 async function send() {
   const prompt = $("prompt").value;
   if (running || !prompt) return;
   const chat = chosen("kind") === "chat";
-  const mine = conversation;
-  const drafts = chosen("draft") === "race" ? ["none", "auto"] : [chosen("draft")];
-  const lanes = drafts.map((draft) => new Lane(draft, chat ? "" : prompt));
-  const row = element("div", "lanes");
-  row.append(...lanes.map((lane) => lane.box));
-  if (chat) $("log").append(element("p", "asked", prompt));
+  const ours = conversation;
+  const drafts = chosen("draft") === "compare" ? ["none", "auto"] : [chosen("draft")];
+  const panels = drafts.map((draft) => new Panel(draft, chat ? "" : prompt));
+  const row = element("div", "panels");
+  row.append(...panels.map((panel) => panel.box));
+  if (chat) $("log").append(element("p", "question", prompt));
   $("log").append(row);
   $("log").scrollTop = $("log").scrollHeight;
   running = new AbortController();
   $("stop").hidden = false;
   $("send").disabled = true;
-  say(drafts.length > 1 ? "Both are written at the same time and share every pass of the model." : "");
+  say(drafts.length > 1 ? "Both are generated at the same time and share every step of the model." : "");
   try {
     await Promise.all(
-      lanes.map(async (lane, i) => {
-        await lane.write(...request(drafts[i], prompt), running.signal);
-        if (lanes.length > 1 && !row.querySelector(".won")) lane.box.classList.add("won");
+      panels.map(async (panel, i) => {
+        await panel.stream(...request(drafts[i], prompt), running.signal);
+        if (panels.length > 1 && !row.querySelector(".first")) panel.box.classList.add("first");
       }),
     );
-    say(lanes.length > 1 ? verdict(lanes) : "done");
+    say(panels.length > 1 ? comparison(panels) : "done");
   } catch (error) {
-    running.abort(); // the other one of a race
+    running.abort(); // the other one of a comparison
     if (error.name === "AbortError") say("stopped");
     else say(error.message, true);
   }
-  const answer = lanes.at(-1).written;
-  if (chat && answer && conversation === mine) {
+  const answer = panels.at(-1).written;
+  if (chat && answer && conversation === ours) {
     conversation.push({ role: "user", content: prompt }, { role: "assistant", content: answer });
     $("prompt").value = "";
   }
@@ -169,15 +169,15 @@ async function send() {
   $("send").disabled = false;
 }
 
-function verdict([plain, medusa]) {
-  const same = plain.written === medusa.written ? "the same text" : "the texts part somewhere";
-  const times = (medusa.rate / plain.rate).toFixed(2);
-  return `Medusa: ${times} times as many tokens from the same passes, ${same}.`;
+function comparison([plain, speculative]) {
+  const same = plain.written === speculative.written ? "the same text" : "the texts differ somewhere";
+  const speedup = (speculative.rate / plain.rate).toFixed(2);
+  return `Speculative decoding: ${speedup} times as many tokens/s from the same steps, ${same}.`;
 }
 
 async function greet() {
   try {
-    const props = await (await asked("props")).json();
+    const props = await (await ask("props")).json();
     $("model").textContent = `${props.model} (${props.file_type}), ${props.n_ctx} tokens; drafts: ${props.draft}`;
     const kind = props.chat_template ? "chat" : "completion";
     document.querySelector(`input[name=kind][value=${kind}]`).checked = true;

@@ -1,4 +1,4 @@
-"""Who may ask, from where, and how much at once: Host and Origin, key, size and time of the body.
+"""Security: who may ask, from where, and how much: Host and Origin, key, size and time of the body.
 
 Plain ASGI middleware. Knows nothing of models and routes, except which paths need no key.
 """
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from model.serving.errors import ApiError, shown
+from model.serving.http.errors import ApiError, shown
 
 LOCAL = ("localhost", "127.0.0.1", "::1")
 
@@ -37,11 +37,15 @@ def is_loopback(host: str) -> bool:
 class HostCheck:
     """Refuses names that aren't ours (DNS rebinding) and pages of other origins.
 
-    A rebinding page needs a name of its own, so where the server listens on all addresses any literal one is fine.
+    A rebinding page needs a name of its own: where the server listens on all addresses, any
+    literal one is fine.
     """
 
-    def __init__(self, app: ASGIApp, host: str, allowed: Collection[str], origins: Collection[str]) -> None:
-        self._app, self._origins = app, set(origins)
+    def __init__(
+        self, app: ASGIApp, host: str, allowed: Collection[str], origins: Collection[str]
+    ) -> None:
+        self._app = app
+        self._origins = set(origins)
         self._names = {name.lower().strip("[]") for name in (*LOCAL, host, *allowed)}
         bound = _address(host)
         self._any_address = bound is not None and bound.is_unspecified
@@ -51,31 +55,41 @@ class HostCheck:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
             return False
-        return bool(name) and (
-            name in self._names or "*" in self._names or (self._any_address and _address(name) is not None)
-        )
+        if not name:
+            return False
+        if name in self._names or "*" in self._names:
+            return True
+        return self._any_address and _address(name) is not None
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)
-        host, origin = headers.get("host", ""), headers.get("origin")
+        host = headers.get("host", "")
         if not self._ours(host):
-            return ApiError(403, f"Host {shown(host)} is not allowed; ALLOWED_HOSTS names more", code="host")
+            message = f"Host {shown(host)} is not allowed; ALLOWED_HOSTS names more"
+            return ApiError(403, message, code="host")
+        origin = headers.get("origin")
         own = origin is None or origin.partition("://")[2] == host
         if not own and not self._origins & {origin, "*"}:
-            return ApiError(403, f"Origin {shown(origin)} is not allowed; CORS_ORIGINS names some", code="origin")
+            message = f"Origin {shown(origin)} is not allowed; CORS_ORIGINS names some"
+            return ApiError(403, message, code="origin")
         return None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on or refuse it."""
         refusal = self._refusal(scope) if scope["type"] == "http" else None
-        await (refusal.response() if refusal else self._app)(scope, receive, send)
+        answer = refusal.response() if refusal else self._app
+        await answer(scope, receive, send)
 
 
 class KeyCheck:
-    """Asks for `Authorization: Bearer KEY`, except on open paths. Compares in constant time; keeps only a hash."""
+    """Asks for `Authorization: Bearer KEY`, except on open paths.
+
+    Compares in constant time; keeps only a hash.
+    """
 
     def __init__(self, app: ASGIApp, key: str, open_paths: Collection[str]) -> None:
-        self._app, self._open = app, set(open_paths)
+        self._app = app
+        self._open = set(open_paths)
         self._hash = hashlib.sha256(key.encode()).digest()
 
     def _right(self, scope: Scope) -> bool:
@@ -99,35 +113,48 @@ class KeyCheck:
 
 
 class BodyLimit:
-    """Stops bodies that are too large, counted while they arrive, or too slow. The route that reads gets the error."""
+    """Stops bodies that are too large, counted while they arrive, or too slow.
 
-    def __init__(self, app: ASGIApp, most_bytes: int, seconds: float) -> None:
-        self._app, self._most, self._seconds = app, most_bytes, seconds
+    The route that reads the body gets the error.
+    """
+
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on with its body under watch."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        too_large = ApiError(413, f"the body is larger than {self._most:,} bytes (MAX_BODY_BYTES)", code="too_large")
+        message = f"the body is larger than {self._max_bytes:,} bytes (MAX_BODY_BYTES)"
+        too_large = ApiError(413, message, code="too_large")
         length = Headers(scope=scope).get("content-length", "0")
-        if not length.isdecimal() or int(length[:19]) > self._most:
+        if not length.isdecimal() or int(length[:19]) > self._max_bytes:
             await too_large.response()(scope, receive, send)
             return
-        deadline, size, whole = monotonic() + self._seconds, 0, False
+        await self._app(scope, self._watched(receive, too_large), send)
+
+    def _watched(self, receive: Receive, too_large: ApiError) -> Receive:
+        """Return `receive` with size and time of the body under watch."""
+        deadline = monotonic() + self._timeout_s
+        size = 0
+        complete = False
 
         async def watched() -> Message:
-            nonlocal size, whole
-            if whole:  # what comes now is the client's leaving
+            nonlocal size, complete
+            if complete:  # what comes now is the client's leaving
                 return await receive()
             try:
                 message = await asyncio.wait_for(receive(), max(0.0, deadline - monotonic()))
             except asyncio.TimeoutError:
-                raise ApiError(408, f"the body did not arrive within {self._seconds:g} s", code="timeout") from None
+                text = f"the body did not arrive within {self._timeout_s:g} s"
+                raise ApiError(408, text, code="timeout") from None
             size += len(message.get("body", b""))
-            whole = not message.get("more_body", False)
-            if size > self._most:
+            complete = not message.get("more_body", False)
+            if size > self._max_bytes:
                 raise too_large
             return message
 
-        await self._app(scope, watched, send)
+        return watched

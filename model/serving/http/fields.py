@@ -1,19 +1,30 @@
-"""The parts of requests: what a prompt, a stop, a message may be, and how JSON becomes one of our types.
+"""The fields of requests: what a prompt, a stop, a message may be, and how JSON becomes a request.
 
-Knows nothing of jobs and of HTTP.
+Knows nothing of sequences and of HTTP.
 """
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 from typing_extensions import Self
 
-from model.serving.errors import ApiError, of_validation, shown
+from model.serving.http.errors import ApiError, of_validation, shown
 
-MOST_TOKENS = 2**31 - 1
+MAX_TOKENS = 2**31 - 1  # of any count, and of any token id
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 256
+MAX_BIASES = 1024
 RequestT = TypeVar("RequestT", bound="Strict")
 
 
@@ -28,8 +39,10 @@ def bad_value(message: str) -> PydanticCustomError:
     return PydanticCustomError("value", message)
 
 
-def _ids(value: Any) -> bool:
-    return isinstance(value, list) and all(type(t) is int and 0 <= t <= MOST_TOKENS for t in value)
+def _is_ids(value: Any) -> bool:
+    if not isinstance(value, list):
+        return False
+    return all(type(token) is int and 0 <= token <= MAX_TOKENS for token in value)
 
 
 def read_prompts(value: Any) -> Any:
@@ -37,46 +50,72 @@ def read_prompts(value: Any) -> Any:
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
-        if all(isinstance(p, str) for p in value) or all(_ids(p) and p for p in value):
+        if all(isinstance(prompt, str) for prompt in value):
             return value
-        if _ids(value):
+        if all(_is_ids(prompt) and prompt for prompt in value):
+            return value
+        if _is_ids(value):
             return [value]
     raise bad_value(
-        "must be a string, a list of strings, a list of token ids, or a list of such lists; none of them empty"
+        "must be a string, a list of strings, a list of token ids, or a list of such lists; "
+        "none of them empty"
     )
 
 
 def read_stops(value: Any) -> Any:
     """Return a list of stop strings from one or several."""
     stops = [value] if isinstance(value, str) else value
-    if isinstance(stops, list) and len(stops) <= 16 and all(isinstance(s, str) and 0 < len(s) <= 256 for s in stops):
+    if isinstance(stops, list) and len(stops) <= MAX_STOPS and all(map(_is_stop, stops)):
         return stops
-    raise bad_value("must be a string or a list of at most 16, each of 1 to 256 characters")
+    raise bad_value(
+        f"must be a string or a list of at most {MAX_STOPS}, each of 1 to {MAX_STOP_LENGTH} "
+        "characters"
+    )
+
+
+def _is_stop(value: Any) -> bool:
+    return isinstance(value, str) and 0 < len(value) <= MAX_STOP_LENGTH
 
 
 def read_content(value: Any) -> Any:
     """Return a message's text, the parts of one joined by line breaks."""
     if isinstance(value, str):
         return value
-    if isinstance(value, list) and all(
-        isinstance(p, dict) and p.get("type") == "text" and isinstance(p.get("text"), str) for p in value
-    ):
-        return "\n".join(p["text"] for p in value)
-    raise bad_value("must be a string or a list of {'type': 'text', 'text': …}; images and sound are not supported")
+    if isinstance(value, list) and all(map(_is_text_part, value)):
+        return "\n".join(part["text"] for part in value)
+    raise bad_value(
+        "must be a string or a list of {'type': 'text', 'text': …}; "
+        "images and sound are not supported"
+    )
+
+
+def _is_text_part(value: Any) -> bool:
+    if not isinstance(value, dict) or value.get("type") != "text":
+        return False
+    return isinstance(value.get("text"), str)
+
+
+def read_draft(value: Any) -> Any:
+    """Return the draft sources under their own name: `medusa` is an alias of `heads`."""
+    return "heads" if value == "medusa" else value
 
 
 def read_biases(value: Any) -> Any:
     """Return biases by token id; JSON has names as keys."""
-    if not isinstance(value, dict) or len(value) > 1024:
-        raise bad_value("must map at most 1,024 token ids to numbers from -100 to 100")
+    if not isinstance(value, dict) or len(value) > MAX_BIASES:
+        raise bad_value(f"must map at most {MAX_BIASES:,} token ids to numbers from -100 to 100")
     biases = {}
     for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10):
+        if not _is_id_name(key):
             raise bad_value(f"{shown(key)} is not a token id")
         if type(bias) not in (int, float) or not -100 <= bias <= 100:
             raise bad_value(f"the bias {shown(bias)} of token {key} is outside -100 to 100")
         biases[int(key)] = float(bias)
     return biases
+
+
+def _is_id_name(key: Any) -> bool:
+    return isinstance(key, str) and key.isascii() and key.isdigit() and len(key) <= 10
 
 
 Refused = Annotated[Any, AfterValidator(_refuse)]
@@ -85,12 +124,20 @@ Refused = Annotated[Any, AfterValidator(_refuse)]
 class Strict(BaseModel):
     """No value is bent to another type; null is the same as absent; unknown fields are ignored."""
 
-    model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True,
+        extra="ignore",
+        frozen=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+    )
 
     @model_validator(mode="before")
     @classmethod
     def _null_is_absent(cls, data: Any) -> Any:
-        return {k: v for k, v in data.items() if v is not None} if isinstance(data, dict) else data
+        if not isinstance(data, dict):
+            return data
+        return {name: value for name, value in data.items() if value is not None}
 
 
 class StreamOptions(Strict):
@@ -125,18 +172,22 @@ class Message(Strict):
     content: Annotated[str | None, BeforeValidator(read_content)] = None
 
     @model_validator(mode="after")
-    def _says_something(self) -> Self:
+    def _has_content(self) -> Self:
         if self.content is None and self.role != "assistant":
             raise bad_value(f"a message of role {self.role} needs a content")
         return self
 
     def plain(self) -> dict[str, Any]:
-        """Return the message as a template takes it."""
-        return {"role": "system" if self.role == "developer" else self.role, "content": self.content or ""}
+        """Return the message as a chat template takes it."""
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content or ""}
 
 
 def parse(kind: type[RequestT], body: bytes) -> RequestT:
-    """Return a request from JSON. Raises ApiError with status 400 and, where there is one, the field at fault."""
+    """Return a request from JSON.
+
+    Raises ApiError with status 400 and, where there is one, the field at fault.
+    """
     try:
         data = from_json(body, allow_inf_nan=False)
     except ValueError as error:
