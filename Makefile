@@ -1,13 +1,14 @@
-# make demo: train heads for the bundled model and watch them at work.   make test: lint, types, tests.
-# make bench: plain against drafted decoding at the cost of 1 B parameters, two hours or three.
-# All set up .venv first where that has not been done. PYTHON=python3.12 picks another interpreter.
+# make demo: train heads for the bundled model and watch them draft.
+# make test: lint, types, tests.   make quick: the unit tests alone.
+# make bench: plain against drafted decoding at the cost of 1 B parameters, two or three hours.
+# All set up .venv first where that has not been done; PYTHON=python3.12 picks another interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # llama.cpp is compiled on the first installation: on all cores.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 
-.PHONY: demo test bench setup
+.PHONY: demo test quick bench setup
 .DEFAULT_GOAL := demo
 
 demo: setup
@@ -24,6 +25,9 @@ test: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q
+
+quick: setup
+	$(BIN)/python -m pytest -q tests/unit
 
 setup: $(VENV)/.installed
 

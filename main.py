@@ -1,4 +1,7 @@
-"""The command line. Settings come from environment variables (config.py); each command has a file in commands/."""
+"""The command line: one click group; each command has a file in commands/.
+
+Settings come from environment variables (config.py). Knows nothing of what the commands do.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's threads would fight llama.cpp's (README)
-os.environ.setdefault("GOMP_SPINCOUNT", "300000")  # threads wait awake for 3 ms, as between two decodes
+# numpy's threads would fight llama.cpp's (README)
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# threads wait awake for 3 ms, as between two decodes
+os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from typing import Any
@@ -22,15 +27,15 @@ from commands.requantize import requantize_command
 from commands.serve import serve
 from commands.tune import tune
 from commands.verify import verify
-from model.training.command import one_line
+from model.training.command import errors_in_one_line
 
 
 class Commands(click.Group):
-    """Tells of errors in one line."""
+    """The group of all commands; errors that a user can cause are one line and exit status 2."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run a command."""
-        with one_line():
+        """Run the command that was typed."""
+        with errors_in_one_line():
             return super().invoke(ctx)
 
 
@@ -41,7 +46,11 @@ class Commands(click.Group):
 )
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Speculative decoding with Medusa heads for any GGUF. MODEL_PATH names the model; without a command, serve it."""
+    """Speculative decoding for any GGUF: draft heads and n-grams, verified by unmodified llama.cpp.
+
+    MODEL_PATH names the model, the README lists all environment variables. Without a command, serve
+    the model.
+    """
     if ctx.invoked_subcommand is None:
         ctx.invoke(serve)
 

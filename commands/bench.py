@@ -1,4 +1,7 @@
-"""Plain decoding and drafting in turn."""
+"""The command bench: how much faster drafted decoding is than plain decoding.
+
+Knows options and messages; what is measured is in model/evaluation/speed.py.
+"""
 
 from __future__ import annotations
 
@@ -8,25 +11,39 @@ from typing import Any
 
 import click
 
-from commands.common import (
-    open_decoder,
-    open_engine,
-    prompts_option,
-    with_sampling,
-)
+from commands.common import load_model, open_decoder, prompts_option, with_drafting
 from config import Settings
 from model.decoding.sampling import SamplingParams
-from model.measuring.report import check_writable, chrome_trace, facts, read_prompts, stages, table, write_json
+from model.evaluation.report import (
+    check_writable,
+    chrome_trace,
+    facts,
+    stages,
+    table,
+    write_json,
+)
+from model.planning.prompt_files import read_prompt_file
 
 
 @click.command()
 @prompts_option
-@with_sampling
-@click.option("--n_prompts", type=click.IntRange(1), help="Only the first so many.")
-@click.option("--runs", default=3, type=click.IntRange(1), help="Every prompt so many times each way.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
-@click.option("--profile", is_flag=True, help="Show where the time of a step goes.")
-@click.option("--trace", type=click.Path(path_type=Path), help="Write the first text's steps for chrome://tracing.")
+@with_drafting
+@click.option("--n_prompts", type=click.IntRange(1), help="Use only the first so many prompts.")
+@click.option(
+    "--runs",
+    default=3,
+    type=click.IntRange(1),
+    help="How often each prompt is generated, plain and drafted.",
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write all figures to this file."
+)
+@click.option("--profile", is_flag=True, help="Show the time of a drafted step, stage by stage.")
+@click.option(
+    "--trace",
+    type=click.Path(path_type=Path),
+    help="Write the steps of the first prompt to this file, for chrome://tracing.",
+)
 def bench(
     prompts: Path,
     n_prompts: int | None,
@@ -38,33 +55,48 @@ def bench(
     trace: Path | None,
     **drafting: Any,
 ) -> None:
-    """Time plain decoding and Medusa in turn, in one process."""
-    from model.measuring.speed import compare
+    """Compare the speed of drafted and plain decoding: same prompts, one process, in turn."""
+    from model.evaluation.speed import compare
 
     check_writable(json_path)
     check_writable(trace)
-    engine = open_engine(Settings.load())
-    sampling = SamplingParams(temperature)
+    loaded = load_model(Settings.load())
+    sampling = SamplingParams(temperature=temperature)
     requests = [
-        engine.request(p, max_tokens, sampling=replace(sampling, seed=i))
-        for i, p in enumerate(read_prompts(prompts)[:n_prompts])
+        loaded.request(text, max_tokens, replace(sampling, seed=i))
+        for i, text in enumerate(read_prompt_file(prompts)[:n_prompts])
     ]
-    with open_decoder(engine, sampling, **drafting) as medusa:
-        [result] = compare(engine, requests, medusa, runs=runs)
+
+    # Measure, with a last run for the trace.
+    with open_decoder(loaded, sampling, **drafting) as decoder:
+        [result] = compare(loaded, requests, decoder, runs=runs)
         if trace:
-            generation = medusa.start(requests[0])
-            generation.slot.stats.timeline = []
-            generation.run()
-            write_json(trace, chrome_trace(generation.slot.stats.timeline))
+            sequence = decoder.start(requests[0])
+            timeline: list[tuple[float, ...]] = []
+            sequence.statistics.timeline = timeline
+            for _ in decoder.stream(sequence):
+                pass
+            write_json(trace, chrome_trace(timeline))
+
+    # Report.
     del result["text_pairs"]
     result |= {"temperature": temperature, "max_tokens": max_tokens, "runs": runs, **drafting}
     click.echo(table([result]))
-    if result["outside_draft_vocab"]:
-        click.echo(f"{result['outside_draft_vocab']:.2%} of the tokens are not in the heads' draft vocabulary")
+    outside = result["outside_draft_vocab"]
+    if outside:
+        click.echo(f"{outside:.2%} of the tokens are not in the heads' draft vocabulary")
     if profile:
         click.echo(stages(result))
-    for d in result["divergences"]:
-        by = "at its end" if d["margin"] is None else f"by {d['margin']:.4f}"
-        click.echo(f"prompt {d['prompt']} parts from the plain text at token {d['position']}, {by}")
+    for divergence in result["divergences"]:
+        click.echo(describe_divergence(divergence))
     if json_path:
-        write_json(json_path, {**facts(engine), **result})
+        write_json(json_path, {**facts(loaded), **result})
+
+
+def describe_divergence(divergence: dict[str, Any]) -> str:
+    """Say where a drafted output differs from plain decoding's, and how near the two tokens are."""
+    how = "one of the two outputs ends there"
+    if divergence["margin"] is not None:
+        how = f"the two tokens' logits are {divergence['margin']:.4f} apart"
+    where = f"prompt {divergence['prompt']} differs from plain decoding at token"
+    return f"{where} {divergence['position']}: {how}"

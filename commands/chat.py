@@ -1,121 +1,97 @@
-"""Chat in the terminal: answers as they are written, what came free in its own colour."""
+"""The command chat: a conversation in the terminal, answers as they are generated.
+
+Knows the terminal; the engine (model/engine.py) does the rest.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import signal
 import sys
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import click
 
-from commands.common import open_decoder, open_engine, with_sampling
-from config import Settings
-from model.base.chat import CHOICES, ChatTemplate, Message, chosen_template
-from model.decoding.batching import Batch
+from commands.common import open_engine, with_drafting, with_sampling
+from model.base.chat import CHOICES, Message
 from model.decoding.sampling import SamplingParams
-from model.decoding.slot import STAGES, Stats
-from model.engine import Decoder, Engine
+from model.decoding.sequence import Output
+from model.engine import Completion, Engine, Stream
 from model.errors import ContextError
-from model.serving.jobs import Job, Piece, Sampling
-from model.serving.writing import Writing
 
 
-class Talk:
-    """A conversation: what was said, and the cells that hold it, so that each turn reads only what is new.
+class Conversation:
+    """The messages so far; the engine's prefix cache has them, so only new ones are prefilled.
 
-    template: what makes one text of it; None: the model goes on with the text as it stands.
+    Without a chat template the model continues the messages' contents as one text.
     """
 
     def __init__(
-        self,
-        engine: Engine,
-        decoder: Decoder,
-        sampling: SamplingParams,
-        max_tokens: int,
-        system: str,
-        template: ChatTemplate | None,
+        self, engine: Engine, sampling: SamplingParams, max_tokens: int, system: str
     ) -> None:
-        self._engine, self._decoder, self._sampling, self._max_tokens = engine, decoder, sampling, max_tokens
-        self._template = template
-        self._said: list[Message] = [{"role": "system", "content": system}] if system else []
-        base = decoder.base
-        self._batch = Batch(base, decoder.plan, places=1, cells=base.n_ctx, keep=engine.model.can_roll_back)
-        self.writing: Writing | None = None
+        self._engine = engine
+        self._sampling = sampling
+        self._max_tokens = max_tokens
+        self._messages: list[Message] = []
+        if system:
+            self._messages.append({"role": "system", "content": system})
 
-    def answer(self, line: str) -> Generator[Piece, None, None]:
-        """Yield the answer as it becomes certain. Raises ContextError when the conversation is too long."""
-        self._said.append({"role": "user", "content": line})
-        writing = self.writing = self._start()
-        self._batch.admit(writing.slot)
-        writing.admitted()
-        text = ""
-        try:
-            while not writing.slot.finished:
-                self._batch.step()
-                for event in writing.events():
-                    if isinstance(event, Piece):
-                        text += event.text
-                        yield event
-        finally:  # stopped or not: what was written has been said
-            if not writing.slot.finished:
-                self._batch.evict(writing.slot)
-            self._said.append({"role": "assistant", "content": text})
+    @contextlib.contextmanager
+    def answer(self, line: str) -> Iterator[Stream]:
+        """Give the answer to a line as a stream; what was generated joins the conversation.
 
-    def _start(self) -> Writing:
-        engine, s = self._engine, self._sampling
-        if self._template is not None:
-            text = self._template.render(self._said, prompt=True)
-        else:
-            text = "".join(message["content"] for message in self._said)
-        tokens, bos = engine.model.tokenize(text, parse_special=self._template is not None).tolist(), engine.model.bos
-        job = Job("chat", text, self._max_tokens, Sampling(s.temperature, s.top_p, s.top_k, seed=s.seed))
+        Raises ContextError when the conversation is too long; then the line is removed again.
+        """
+        self._messages.append({"role": "user", "content": line})
         try:
-            return Writing(
-                job,
-                tokens[1:] if tokens[:2] == [bos, bos] else tokens,
-                engine.model,
-                context=engine.context,
-                draws=0,
-                drafter=self._decoder.drafter,
-                ngrams=self._decoder.ngrams,
-            )
+            stream = self._start()
         except ContextError:
-            self._said.pop()
+            self._messages.pop()
             raise
+        try:
+            yield stream
+        finally:
+            stream.close()
+            self._messages.append({"role": "assistant", "content": stream.completion.text})
+
+    def _start(self) -> Stream:
+        if self._engine.template is not None:
+            return self._engine.chat(self._messages, self._sampling, max_tokens=self._max_tokens)
+        text = "".join(message["content"] for message in self._messages)
+        return self._engine.stream(text, self._sampling, max_tokens=self._max_tokens)
 
 
-def profile(writing: Writing) -> str:
-    """Say what an answer took, stage by stage."""
-    slot, stats = writing.slot, writing.slot.stats
-    steps, new = max(1, stats.steps), len(slot.tokens) - slot.prompt_length
-    head = (
-        f"{new} tokens, {new / max(stats.seconds, 1e-9):.1f} tokens/s, {stats.acceptance_length:.2f} tokens a step, "
-        f"{sum(stats.drafted) / steps:.1f} nodes drafted a step; {slot.prompt_length - slot.reused} tokens read, "
-        f"{slot.reused} were in the cache"
-    )
-    return "\n".join([head, *(_stage(stats, name, steps) for name in STAGES)])
-
-
-def _stage(stats: Stats, name: str, steps: int) -> str:
-    seconds = float(getattr(stats, f"{name}_s"))
-    return f"  {name:<7}{1e6 * seconds / steps:9.0f} us a step {seconds / max(stats.seconds, 1e-9):7.1%}"
+def profile(completion: Completion) -> str:
+    """Say how fast an answer was and how its time was spent, stage by stage."""
+    statistics = completion.statistics
+    steps = max(1, statistics.steps)
+    total = max(statistics.seconds, 1e-9)
+    n_prefilled = completion.prompt_tokens - completion.cached_tokens
+    lines = [
+        f"{len(completion.tokens)} tokens, {completion.tokens_per_s:.1f} tokens/s, "
+        f"acceptance length {completion.acceptance_length:.2f}, "
+        f"{statistics.nodes_per_step:.1f} nodes drafted a step",
+        f"prompt: {n_prefilled} tokens prefilled, {completion.cached_tokens} from the prefix cache",
+    ]
+    for stage, seconds in statistics.seconds_by_stage.items():
+        lines.append(f"  {stage:<7}{1e6 * seconds / steps:9.0f} us a step {seconds / total:7.1%}")
+    return "\n".join(lines)
 
 
 @click.command()
+@with_drafting
 @with_sampling
-@click.option("--top_p", default=1.0)
-@click.option("--top_k", default=0)
-@click.option("--seed", default=0)
-@click.option("--system", default="", help="Said to the model before all else.")
+@click.option("--system", default="", help="System message.")
 @click.option(
     "--chat_template",
     default="auto",
     type=click.Choice(CHOICES),
-    help="auto: the GGUF's own; without one the model goes on with the text. Or say which.",
+    help="auto: the GGUF's own; none, or a GGUF without one: the text is continued as it is.",
 )
-@click.option("--profile", "profiled", is_flag=True, help="After each answer, say where the time went.")
+@click.option(
+    "--profile", "profiled", is_flag=True, help="After each answer, show its time, stage by stage."
+)
 def chat(
     max_tokens: int,
     temperature: float,
@@ -127,29 +103,39 @@ def chat(
     profiled: bool,
     **drafting: Any,
 ) -> None:
-    """Chat with the model; what a draft won is green. Ctrl+C ends an answer, Ctrl+D the conversation."""
-    sampling, engine = SamplingParams(temperature, top_k, top_p, seed), open_engine(Settings.load())
-    with open_decoder(engine, sampling, **drafting) as decoder:
-        template = chosen_template(engine.file.metadata, chat_template)
-        talk = Talk(engine, decoder, sampling, max_tokens, system, template)
+    """Chat with the model: accepted draft tokens are printed in green.
+
+    Ctrl+C ends an answer, Ctrl+D the conversation. A backslash at the end of a line continues it on
+    the next one.
+    """
+    # The engine.
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    with open_engine(chat_template, **drafting) as engine:
+        engine.prepare()  # measure before the first line is asked for
+
+        # The conversation.
+        conversation = Conversation(engine, sampling, max_tokens, system)
         for line in lines():
             try:
-                with ctrl_c() as pressed, contextlib.closing(talk.answer(line)) as pieces:
-                    for piece in pieces:
-                        show(piece)
+                with ctrl_c() as pressed, conversation.answer(line) as stream:
+                    for output in stream:
+                        show(output)
                         if pressed:
                             break
             except ContextError as error:
                 click.echo(f"error: {error}", err=True)
                 continue
             click.echo()
-            if profiled and talk.writing is not None:
-                click.echo(profile(talk.writing), err=True)
+            if profiled:
+                click.echo(profile(stream.completion), err=True)
 
 
 @contextlib.contextmanager
 def ctrl_c() -> Iterator[list[int]]:
-    """Note Ctrl+C in a list: an answer is ended between two steps; within one the cache would be left in disorder."""
+    """Note Ctrl+C in a list, so that an answer ends between two steps.
+
+    Interrupted within a step, the KV cache would be in disorder.
+    """
     pressed = list[int]()
     before = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
     try:
@@ -159,24 +145,30 @@ def ctrl_c() -> Iterator[list[int]]:
 
 
 def lines() -> Iterator[str]:
-    """Yield what the user types, line by line; a backslash at the end goes on with the next."""
+    """Yield what the user types, line by line; a backslash at the end continues on the next."""
     text = ""
     while True:
         click.echo("> ", nl=False, err=True)
         line = sys.stdin.readline()
         if not line:
             return
-        text += line[:-2] + "\n" if line.endswith("\\\n") else line.rstrip("\n")
-        if not line.endswith("\\\n"):
-            if text:
-                yield text
-            text = ""
+        if line.endswith("\\\n"):
+            text += line[:-2] + "\n"
+            continue
+        text += line.rstrip("\n")
+        if text:
+            yield text
+        text = ""
 
 
-def show(piece: Piece) -> None:
-    """Print a piece, drafted tokens in green; where the tokens are not the whole text, it goes uncoloured."""
-    if "".join(token.text for token in piece.tokens) != piece.text:
-        click.echo(piece.text, nl=False)
+def show(output: Output) -> None:
+    """Print an output, accepted draft tokens in green.
+
+    Without colour where its tokens are not the whole text.
+    """
+    if "".join(token.text for token in output.tokens) != output.text:
+        click.echo(output.text, nl=False)
         return
-    for token in piece.tokens:
-        click.echo(click.style(token.text, fg="green") if token.drafted else token.text, nl=False)
+    for token in output.tokens:
+        text = click.style(token.text, fg="green") if token.drafted else token.text
+        click.echo(text, nl=False)

@@ -1,4 +1,7 @@
-"""What several commands share: the model that the environment names, prompts, options, decoders."""
+"""Options and steps that several commands share: settings, the model, decoders.
+
+Knows no command.
+"""
 
 from __future__ import annotations
 
@@ -8,15 +11,15 @@ from typing import Any
 
 import click
 
-from config import HEADS_FOLDER, ROOT, Settings
-from model.decoding.generation import Request
-from model.decoding.planning import Draft
+from config import Settings
+from model.decoding.decoder import Decoder
+from model.decoding.drafters.sources import SOURCE_ALIASES, SOURCES, parse_sources
+from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
-from model.engine import Decoder, Engine, EngineOptions
-from model.measuring.choosing import Wish, choose, trial_requests
-from model.measuring.report import read_prompts
-
-PROMPTS = ROOT / "benchmarks" / "prompts"
+from model.engine import Engine
+from model.loaded_model import LoadedModel, LoadOptions
+from model.planning.choice import DraftOptions, choose, trial_requests
+from model.planning.prompt_files import HELD_OUT, TRIAL, read_prompt_file
 
 
 def set_logging(settings: Settings) -> None:
@@ -24,92 +27,145 @@ def set_logging(settings: Settings) -> None:
     logging.basicConfig(level=settings.log_level, format="%(message)s")
 
 
-def engine_options(settings: Settings) -> EngineOptions:
+def load_options(settings: Settings) -> LoadOptions:
     """Return how the environment wants the model to be loaded."""
-    return EngineOptions(
-        settings.n_threads,
-        settings.model_context_size,
-        settings.n_gpu_layers,
-        settings.use_mmap,
-        settings.use_mlock,
-        settings.flash_attn,
-        settings.kv_type,
-        settings.medusa_k_heads,
-        settings.medusa_max_tokens_per_step,
+    return LoadOptions(
+        n_threads=settings.n_threads,
+        context_size=settings.model_context_size,
+        n_gpu_layers=settings.n_gpu_layers,
+        use_mmap=settings.use_mmap,
+        use_mlock=settings.use_mlock,
+        flash_attn=settings.flash_attn,
+        kv_type=settings.kv_type,
+        k_heads=settings.medusa_k_heads,
+        max_nodes=settings.medusa_max_tokens_per_step,
     )
 
 
-def open_engine(settings: Settings, weights: Path | None = None) -> Engine:
+def load_model(settings: Settings, heads_path: Path | None = None) -> LoadedModel:
     """Load the model that the environment names, with its heads or those named here."""
     set_logging(settings)
-    return Engine(settings.model_path, engine_options(settings), weights or settings.medusa_weights_path, HEADS_FOLDER)
+    return LoadedModel(
+        settings.model_path,
+        load_options(settings),
+        heads_path=heads_path or settings.medusa_weights_path,
+    )
 
 
-def trial(engine: Engine, sampling: SamplingParams) -> list[Request]:
-    """Return the requests that drafts are timed on."""
-    return trial_requests(engine, read_prompts(PROMPTS / "trial.jsonl"), sampling)
+def trial(loaded: LoadedModel, sampling: SamplingParams) -> list[Request]:
+    """Return the requests that drafts are measured on."""
+    return trial_requests(loaded, read_prompt_file(TRIAL), sampling)
 
 
-def open_decoder(
-    engine: Engine,
-    sampling: SamplingParams,
+def draft_options(
     *,
     tree_text: str = "auto",
-    draft: Draft = "auto",
-    plan: str = "live",
+    draft: str = "auto",
+    policy: str = "adaptive",
     draft_vocab: int | None = None,
-) -> Decoder:
-    """Make the decoder that the options ask for, telling of a measurement."""
-    wish = Wish(draft, "" if tree_text == "auto" else tree_text, plan == "fixed", draft_vocab)
-    chosen = choose(
-        engine,
-        wish,
-        trial(engine, sampling),
-        told=lambda: click.echo("measuring what pays here (once for this model, heads and machine) ...", err=True),
+) -> DraftOptions:
+    """Return what the command line asks for; see `drafting_options` for the values."""
+    return DraftOptions(
+        sources=parse_sources(draft),
+        tree="" if tree_text == "auto" else tree_text,
+        fixed=policy == "fixed",
+        draft_vocab=draft_vocab,
     )
-    return engine.decoder_for(chosen.plan, chosen.drafter, ngrams=chosen.ngrams)
 
 
-sampling_options = [
-    click.option("--max_tokens", default=256, type=click.IntRange(1), help="New tokens at the most."),
-    click.option("--temperature", default=0.0, help="0 is greedy."),
+def say_measuring() -> None:
+    """Tell the user why the first use takes longer."""
+    once = "once for this model on this machine"
+    click.echo(f"measuring step times and acceptance rates, {once} ...", err=True)
+
+
+def open_engine(chat_template: str = "auto", **drafting: Any) -> Engine:
+    """Load the model that the environment names; drafting: as `draft_options` takes it."""
+    settings = Settings.load()
+    set_logging(settings)
+    return Engine(
+        settings.model_path,
+        heads_path=settings.medusa_weights_path,
+        chat_template=chat_template,
+        load=load_options(settings),
+        draft=draft_options(**drafting),
+        on_measure=say_measuring,
+    )
+
+
+def open_decoder(loaded: LoadedModel, sampling: SamplingParams, **drafting: Any) -> Decoder:
+    """Make the decoder that the options ask for; drafting: as `draft_options` takes it."""
+    chosen = choose(
+        loaded, draft_options(**drafting), trial(loaded, sampling), on_measure=say_measuring
+    )
+    return loaded.decoder(chosen.policy, chosen.drafters)
+
+
+drafting_options = [
+    click.option(
+        "--max_tokens", default=256, type=click.IntRange(1), help="Most new tokens per prompt."
+    ),
+    click.option("--temperature", default=0.0, help="Sampling temperature; 0: greedy."),
     click.option(
         "--tree",
         "tree_text",
         default="auto",
-        help="Chain length (4), widths (2,2,1), a JSON file of rank "
-        "paths, or auto: what pays on this machine, possibly nothing.",
+        help="Draft tree of the heads: a chain's length (4), widths by depth (2,2,1), or a JSON "
+        "file of rank paths; auto: the fastest as measured on this machine, possibly no tree.",
     ),
     click.option(
         "--draft",
-        type=click.Choice(["auto", "medusa", "ngram", "both", "none"]),
+        type=click.Choice([*SOURCES, *SOURCE_ALIASES]),
         default="auto",
-        help="Who drafts: the heads, the text so far, both, nobody; auto: whoever is there.",
+        help="Where draft tokens come from; auto: n-grams, and heads if the model has them. "
+        "medusa: old name of heads.",
     ),
     click.option(
+        "--policy",
         "--plan",
-        type=click.Choice(["live", "fixed"]),
-        default="live",
-        help="With an auto tree: adapt it while writing, or keep it, so that runs can be repeated.",
+        "policy",
+        type=click.Choice(["adaptive", "fixed", "live"]),
+        default="adaptive",
+        help="Draft policy for --tree auto; adaptive: draft what is fastest now; fixed: the same "
+        "tree in every step, so that runs can be repeated. Old names: --plan; live for adaptive.",
     ),
     click.option(
         "--draft_vocab",
         type=click.IntRange(0),
-        help="Draft the N most frequent tokens only; 0: all; default: those that make up 99.9% of the training text.",
+        help="Heads draft only the N most frequent tokens of their training text; 0: all tokens.  "
+        "[default: as many as make up 99.9% of the text]",
     ),
 ]
 
 prompts_option = click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    default=PROMPTS / "python.jsonl",
-    help=".jsonl or .txt",
-    show_default="held-out Python",
+    default=HELD_OUT,
+    help="File of prompts, .jsonl or .txt.",
+    show_default="held-out Python code",
 )
 
 
+sampling_options = [
+    click.option(
+        "--top_p", default=1.0, help="Sample from the likeliest tokens that make up this share."
+    ),
+    click.option("--top_k", default=0, help="Sample from the N likeliest tokens; 0: all."),
+    click.option("--seed", default=0, help="The same seed draws the same tokens."),
+]
+
+
+def with_drafting(command: Any) -> Any:
+    """Add the options of length, temperature and drafting to a command."""
+    return _with(drafting_options, command)
+
+
 def with_sampling(command: Any) -> Any:
-    """Add the options that several commands share."""
-    for option in reversed(sampling_options):
+    """Add the other options of sampling to a command."""
+    return _with(sampling_options, command)
+
+
+def _with(options: list[Any], command: Any) -> Any:
+    for option in reversed(options):
         command = option(command)
     return command

@@ -1,4 +1,7 @@
-"""Write one text."""
+"""The command generate: continue one prompt.
+
+Knows options and messages; the engine (model/engine.py) does the rest.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +9,19 @@ from typing import Any
 
 import click
 
-from commands.common import (
-    open_decoder,
-    open_engine,
-    with_sampling,
-)
-from config import Settings
+from commands.common import open_engine, with_drafting, with_sampling
 from model.decoding.sampling import SamplingParams
+from model.engine import Completion
 
 
 @click.command()
 @click.argument("prompt")
+@with_drafting
 @with_sampling
-@click.option("--top_p", default=1.0)
-@click.option("--top_k", default=0)
-@click.option("--seed", default=0)
-@click.option("--stop", multiple=True, help="End the text before this string; may be given several times.")
-@click.option("--stream", is_flag=True, help="Print the text as it is written.")
+@click.option(
+    "--stop", multiple=True, help="End the output before this string; may be given several times."
+)
+@click.option("--stream", is_flag=True, help="Print the text as it is generated.")
 def generate(
     prompt: str,
     max_tokens: int,
@@ -34,24 +33,25 @@ def generate(
     stream: bool,
     **drafting: Any,
 ) -> None:
-    """Continue PROMPT."""
-    sampling = SamplingParams(temperature, top_k, top_p, seed)
-    engine = open_engine(Settings.load())
-    request = engine.request(prompt, max_tokens, sampling=sampling, stop=stop)
-    decoder = open_decoder(engine, sampling, **drafting)
-    generation = decoder.start(request)
-    text = []
-    try:
-        for piece in generation:
-            text.append(piece)
-            if stream:
-                click.echo(piece, nl=False)
-    finally:  # Ctrl-C leaves what was written
-        click.echo("" if stream else "".join(text))
-    stats = generation.slot.stats
-    click.echo(
-        f"{len(generation.tokens)} tokens, {len(generation.tokens) / stats.seconds:.1f} tokens/s, acceptance length "
-        f"{stats.acceptance_length:.2f}, {sum(stats.drafted) / max(stats.steps, 1):.1f} nodes drafted a step, "
-        f"{generation.finish_reason}",
-        err=True,
+    """Continue PROMPT, and say on standard error how fast it was."""
+    sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    with open_engine(**drafting) as engine:
+        outputs = engine.stream(prompt, sampling, max_tokens=max_tokens, stop=stop)
+        try:
+            for output in outputs:
+                if stream:
+                    click.echo(output.text, nl=False)
+        finally:  # Ctrl+C: what was generated is printed all the same
+            outputs.close()
+            click.echo("" if stream else outputs.completion.text)
+        click.echo(summary(outputs.completion), err=True)
+
+
+def summary(completion: Completion) -> str:
+    """Say in a line how fast it was and what drafting brought."""
+    return (
+        f"{len(completion.tokens)} tokens, {completion.tokens_per_s:.1f} tokens/s, "
+        f"acceptance length {completion.acceptance_length:.2f}, "
+        f"{completion.statistics.nodes_per_step:.1f} nodes drafted a step, "
+        f"finish reason: {completion.finish_reason}"
     )

@@ -1,4 +1,4 @@
-"""Serve the model."""
+"""The command serve: the HTTP server and the process of the model, from start to end."""
 
 from __future__ import annotations
 
@@ -9,32 +9,33 @@ from typing import TYPE_CHECKING
 
 import click
 
-from commands.common import PROMPTS, engine_options, set_logging
-from config import HEADS_FOLDER, Settings
-from model.errors import MedusaError, UsageError
-from model.measuring.report import read_prompts
+from commands.common import load_options, set_logging
+from config import Settings
+from model.errors import MedusaError
 
 if TYPE_CHECKING:
     import uvicorn
 
-    from model.serving.app import ServerOptions
-    from model.serving.protocol import Worker
+    from model.serving.http.app import ServerOptions
+    from model.serving.worker.protocol import Worker
 
-_GRACE = 2  # seconds more for the web server than for the texts, so that their last words are sent
-_HEAD_S = 30.0  # that a client may take to say what it wants
+_GRACE_S = 2  # more for the web server than for the sequences, so that their last events are sent
+_HEAD_S = 30.0  # that a client may need to send the head of its request
 
 
 @click.command()
 def serve() -> None:
-    """Serve the model: OpenAI's API and a web page at HOST and PORT (what happens without a command)."""
-    from model.serving.app import ServerOptions
-    from model.serving.security import is_loopback
+    """Serve OpenAI's API and a web page at HOST and PORT. The default command."""
+    from model.serving.http.app import ServerOptions
+    from model.serving.http.connections import listen
+    from model.serving.http.security import is_loopback
 
     settings = Settings.load()
     set_logging(settings)
     key = settings.api_key.get_secret_value() if settings.api_key else None
     if key is None and not is_loopback(settings.host):
-        click.echo(f"warning: HOST={settings.host} lets others in, and no API_KEY is asked for", err=True)
+        warning = f"warning: HOST={settings.host} admits other machines, and no API_KEY is set"
+        click.echo(warning, err=True)
     options = ServerOptions(
         host=settings.host,
         api_key=key,
@@ -44,26 +45,17 @@ def serve() -> None:
         max_body_bytes=settings.max_body_bytes,
         request_timeout_s=settings.request_timeout,
     )
-    with listen(settings.host, settings.port) as listener:  # a taken port is told before the model loads
+    # Before the model loads: a taken port is reported at once.
+    with listen(settings.host, settings.port) as listener:
         asyncio.run(run(settings, options, listener))
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket. Raises UsageError where that cannot be."""
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        both = host == "::" and socket.has_dualstack_ipv6()
-        return socket.create_server((host, port), family=family, backlog=1024, dualstack_ipv6=both)
-    except OSError as error:
-        raise UsageError(f"cannot listen on HOST={host}, PORT={port}: {error.strerror or error}") from None
 
 
 async def run(settings: Settings, options: ServerOptions, listener: socket.socket) -> None:
     """Serve until a signal comes. Raises MedusaError where model or heads cannot be used."""
     import uvicorn
 
-    from model.serving.app import create_app
-    from model.serving.connections import Server, protocol
+    from model.serving.http.app import create_app
+    from model.serving.http.connections import Server, protocol
 
     worker = start_worker(settings)
     config = uvicorn.Config(
@@ -73,36 +65,34 @@ async def run(settings: Settings, options: ServerOptions, listener: socket.socke
         server_header=False,
         ws="none",
         http=protocol(_HEAD_S),
-        timeout_graceful_shutdown=settings.shutdown_timeout + _GRACE,
+        timeout_graceful_shutdown=settings.shutdown_timeout + _GRACE_S,
     )
     server = Server(config, worker, settings.shutdown_timeout)
     address = f"http://{shown_host(settings.host)}:{listener.getsockname()[1]}"
-    telling = asyncio.create_task(tell(worker, server, address, key=options.api_key is not None))
+    greeting = asyncio.create_task(greet(worker, server, address, key=options.api_key is not None))
     try:
         await server.serve(sockets=[listener])
     finally:
-        telling.cancel()
+        greeting.cancel()
         await worker.close(0)  # a second Ctrl+C skips the server's own end
     with contextlib.suppress(asyncio.CancelledError):
-        await telling
+        await greeting
 
 
 def start_worker(settings: Settings) -> Worker:
     """Start the process that owns the model; it loads while the server already answers /health."""
-    from model.serving.model_process import ModelOptions
-    from model.serving.worker import ModelWorker
+    from model.serving.worker.served_model import ModelOptions
+    from model.serving.worker.worker import ModelWorker
 
-    model = ModelOptions(
-        settings.model_path,
-        engine_options(settings),
-        settings.medusa_weights_path,
-        HEADS_FOLDER,
+    options = ModelOptions(
+        model_path=settings.model_path,
+        load=load_options(settings),
+        heads_path=settings.medusa_weights_path,
         slots=settings.n_parallel,
         cells=settings.cache_tokens,
-        trial_prompts=tuple(read_prompts(PROMPTS / "trial.jsonl")),
         log_level=settings.log_level,
     )
-    worker = ModelWorker(model, max_queue=settings.max_queue)
+    worker = ModelWorker(options, max_queue=settings.max_queue)
     worker.start()
     return worker
 
@@ -113,8 +103,11 @@ def shown_host(host: str) -> str:
     return f"[{name}]" if ":" in name else name
 
 
-async def tell(worker: Worker, server: uvicorn.Server, address: str, *, key: bool) -> None:
-    """Say what is served and where, as soon as it is; end the server where the model cannot be loaded."""
+async def greet(worker: Worker, server: uvicorn.Server, address: str, *, key: bool) -> None:
+    """Say what is served and where, as soon as it is.
+
+    Ends the server where the model cannot be loaded.
+    """
     try:
         await worker.wait_ready()
     except MedusaError:
@@ -124,12 +117,12 @@ async def tell(worker: Worker, server: uvicorn.Server, address: str, *, key: boo
 
 
 def banner(worker: Worker, address: str, *, key: bool) -> str:
-    """Return the lines that greet: address, model, what drafts, and a line to try."""
+    """Return the lines that are printed at the start: model, draft sources, address, an example."""
     info = worker.info
     secret = '-H "Authorization: Bearer $API_KEY" ' if key else ""
     return (
-        f"{info.name} ({info.file_type}), {info.context:,} tokens of context, {info.slots} texts at once, "
-        f"{info.cells:,} tokens in all\n"
+        f"{info.name} ({info.file_type}), {info.context:,} tokens of context, "
+        f"{info.slots} sequences at once, KV cache of {info.cells:,} tokens\n"
         f"drafts: {info.draft}\n"
         f"page and API: {address}\n"
         f"  curl {address}/v1/completions {secret}-H 'Content-Type: application/json' "

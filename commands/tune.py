@@ -1,35 +1,57 @@
-"""What drafting costs and wins on this machine."""
+"""The command tune: step times and acceptance rates on this machine, and the best tree.
+
+Knows options and messages; measuring is model/planning/auto_tuning.py, comparing model/evaluation/.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import click
 
-from commands.common import (
-    open_engine,
-    prompts_option,
-    trial,
-)
+from commands.common import load_model, prompts_option, trial
 from config import Settings
+from model.decoding.decoder import Decoder
+from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
-from model.measuring.report import check_writable, read_prompts
-from model.measuring.tuning import live_decoder, tuned
+from model.evaluation.report import check_writable
+from model.loaded_model import LoadedModel
+from model.planning.auto_tuning import Tuning, adaptive_decoder, tuned
+from model.planning.prompt_files import read_prompt_file
+from model.trees.tree import Tree
+
+BUDGET_S = 3.0  # for each of steps, drafting and acceptance
 
 
 @click.command()
 @prompts_option
-@click.option("--temperature", default=0.0, help="0 is greedy.")
+@click.option("--temperature", default=0.0, help="Sampling temperature; 0: greedy.")
 @click.option("--draft_vocab", type=click.IntRange(0), help="As for generate and bench.")
 @click.option(
-    "--max_tokens", default=96, type=click.IntRange(16), help="New tokens per text, to measure the best tree."
+    "--max_tokens",
+    default=96,
+    type=click.IntRange(16),
+    help="Most new tokens per prompt, when the best tree is tried.",
 )
-@click.option("--n_prompts", default=6, type=click.IntRange(1), help="Measure on the first so many prompts.")
-@click.option("--png", default="tune.png", type=click.Path(path_type=Path), help="Where the picture goes.")
-@click.option("--types", help="Also say what other types would bring, such as q4_0,q4_0+q4_0,bf16 (file+LM head).")
-@click.option("--full", is_flag=True, help="With --types: time whole copies (in TMPDIR), not some of their layers.")
+@click.option(
+    "--n_prompts", default=6, type=click.IntRange(1), help="Use only the first so many prompts."
+)
+@click.option(
+    "--png", default="tune.png", type=click.Path(path_type=Path), help="Draw the figures here."
+)
+@click.option(
+    "--types",
+    help="Also compare other types of the file, such as q4_0,q4_0+q4_0,bf16 (file+LM head).",
+)
+@click.option(
+    "--full",
+    is_flag=True,
+    help="With --types: time whole copies (in TMPDIR), not copies of some layers.",
+)
 def tune(
     prompts: Path,
     temperature: float,
@@ -40,44 +62,87 @@ def tune(
     types: str | None,
     full: bool,
 ) -> None:
-    """Measure what a step costs here, find the tree that pays, and try it."""
-    from model.measuring.speed import compare
-    from model.measuring.tuning_report import draw
-    from model.measuring.tuning_report import table as tuning_table
-    from model.measuring.types import compare_types, parse_types
-    from model.measuring.types import table as types_table
+    """Measure steps and drafts on this machine, find the best draft tree, and try it."""
+    from model.evaluation.quantizations import parse_types
+    from model.evaluation.tuning_report import draw, table
 
     check_writable(png)
     names = parse_types(types) if types is not None else []
-    engine, sampling = open_engine(Settings.load()), SamplingParams(temperature)
-    heads = engine.weights is not None
-    if not heads:
-        click.echo(f"no heads for {engine.file.name}: only the text so far can draft", err=True)
-    tuning = tuned(engine, trial(engine, sampling), heads=heads, draft_vocab=draft_vocab, afresh=True, budget_s=3.0)
-    choices = tuning.choices(tuning.curve.contexts[0], engine.options.max_nodes)
-    best = tuning.best(tuning.curve.contexts[0], engine.options.max_nodes)
-    click.echo(f"{engine.file.name} ({engine.file.file_type}), {engine.options.n_threads} threads")
-    click.echo(tuning_table(tuning, choices, best))
+    loaded = load_model(Settings.load())
+    sampling = SamplingParams(temperature=temperature)
+
+    # Measure, and search the best tree.
+    tuning = measured(loaded, sampling, draft_vocab)
+    context = tuning.curve.contexts[0]
+    choices = tuning.choices(context, loaded.options.max_nodes)
+    best = tuning.best(context, loaded.options.max_nodes)
+    click.echo(f"{loaded.file.name} ({loaded.file.file_type}), {loaded.options.n_threads} threads")
+    click.echo(table(tuning, choices, best))
+
+    # Try it: predictions are one thing, prompts another.
     requests = [
-        engine.request(p, max_tokens, sampling=replace(sampling, seed=i))
-        for i, p in enumerate(read_prompts(prompts)[:n_prompts])
+        loaded.request(text, max_tokens, replace(sampling, seed=i))
+        for i, text in enumerate(read_prompt_file(prompts)[:n_prompts])
     ]
-    with ExitStack() as stack:
-        ways = {"the live plan": live_decoder(engine, tuning, ngrams=True, draft_vocab=draft_vocab)}
-        if len(best.tree) > 1:
-            ways["this tree in every step"] = engine.decoder(best.tree, draft_vocab=draft_vocab)
-        for way in ways.values():
-            stack.enter_context(way)
-        results = compare(engine, requests, *ways.values(), runs=1)
-    for name, result in zip(ways, results, strict=True):
+    for name, result in tried(loaded, tuning, best.tree, requests, draft_vocab).items():
         click.echo(
             f"measured on {len(requests)} prompts, {name}: {result['speedup']:.2f}x, "
-            f"{result['acceptance_length']:.2f} tokens a step, {result['tree_nodes'] - 1:.1f} drafted"
+            f"acceptance length {result['acceptance_length']:.2f}, "
+            f"{result['tree_nodes'] - 1:.1f} nodes drafted a step"
         )
     draw(png, tuning, choices, best)
     click.echo(f"picture: {png}")
+
+    # Other types.
     if names:
-        rows = compare_types(
-            engine, tuning, names, full=full, told=lambda what: click.echo(f"timing {what} ...", err=True)
-        )
-        click.echo(types_table(rows))
+        click.echo(compared_types(loaded, tuning, names, full=full))
+
+
+def measured(loaded: LoadedModel, sampling: SamplingParams, draft_vocab: int | None) -> Tuning:
+    """Return what was measured just now, with the heads if there are any."""
+    heads = loaded.heads_path is not None
+    if not heads:
+        click.echo(f"no heads for {loaded.file.name}: only n-grams can draft", err=True)
+    return tuned(
+        loaded,
+        trial(loaded, sampling),
+        heads=heads,
+        draft_vocab=draft_vocab,
+        afresh=True,
+        budget_s=BUDGET_S,
+    )
+
+
+def tried(
+    loaded: LoadedModel,
+    tuning: Tuning,
+    tree: Tree,
+    requests: Sequence[Request],
+    draft_vocab: int | None,
+) -> dict[str, dict[str, Any]]:
+    """Return the figures of the adaptive policy and, if it drafts, of the tree in every step."""
+    from model.evaluation.speed import compare
+
+    decoders = dict[str, Decoder]()
+    with ExitStack() as stack:
+        adaptive = adaptive_decoder(loaded, tuning, ngram=True, draft_vocab=draft_vocab)
+        decoders["adaptive policy"] = stack.enter_context(adaptive)
+        if len(tree) > 1:
+            fixed = loaded.fixed_decoder(tree, draft_vocab=draft_vocab)
+            decoders["best tree in every step"] = stack.enter_context(fixed)
+        results = compare(loaded, requests, *decoders.values(), runs=1)
+    return dict(zip(decoders, results, strict=True))
+
+
+def compared_types(loaded: LoadedModel, tuning: Tuning, names: list[str], *, full: bool) -> str:
+    """Return the table of types, having timed each."""
+    from model.evaluation.quantizations import compare_types, table
+
+    rows = compare_types(
+        loaded,
+        tuning,
+        names,
+        full=full,
+        on_timing=lambda what: click.echo(f"timing {what} ...", err=True),
+    )
+    return table(rows)

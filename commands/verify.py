@@ -1,4 +1,7 @@
-"""The proofs that drafting leaves the text alone."""
+"""The command verify: the proofs that drafting does not change the output, with their controls.
+
+Knows options and messages; the proofs are in model/evaluation/.
+"""
 
 from __future__ import annotations
 
@@ -9,64 +12,105 @@ from typing import Any
 
 import click
 
-from commands.common import (
-    open_engine,
-    prompts_option,
-)
+from commands.common import load_model, prompts_option
 from config import Settings
 from model.decoding.sampling import SamplingParams
-from model.engine import Engine
 from model.errors import UsageError
-from model.measuring.report import check_writable, facts, read_prompts, write_json
+from model.evaluation.proofs import Case
+from model.evaluation.report import check_writable, facts, write_json
+from model.loaded_model import LoadedModel
+from model.planning.prompt_files import read_prompt_file
 from model.trees.tree import Tree
+
+TEMPERATURES = (0.0, 0.8)
+N_CONTROLLED = 3  # prompts for the negative controls
 
 
 @click.command()
 @prompts_option
-@click.option("--n_prompts", default=8, type=click.IntRange(1), help="Use the first so many.")
-@click.option("--max_tokens", default=96, type=click.IntRange(16), help="New tokens per text at the most.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write all figures here.")
+@click.option(
+    "--n_prompts", default=8, type=click.IntRange(1), help="Use only the first so many prompts."
+)
+@click.option(
+    "--max_tokens", default=96, type=click.IntRange(16), help="Most new tokens per prompt."
+)
+@click.option(
+    "--json",
+    "json_path",
+    type=click.Path(path_type=Path),
+    help="Write all figures to this file.",
+)
 def verify(prompts: Path, n_prompts: int, max_tokens: int, json_path: Path | None) -> None:
-    """Prove that drafting leaves the text alone, and that the proof would notice if it did not."""
-    from model.measuring.faults import controls
-    from model.measuring.proofs import prove
+    """Prove that drafting does not change the output, and that the proof detects planted faults.
+
+    Exits with status 1 where a proof fails or a fault goes undetected.
+    """
+    from model.evaluation.negative_controls import negative_controls
+    from model.evaluation.proofs import prove
 
     check_writable(json_path)
-    engine = open_engine(Settings.load())
-    texts = read_prompts(prompts)[:n_prompts]
-    trees = [Tree.chain(min(3, engine.n_heads)), bushy_tree(engine)]
+    loaded = load_model(Settings.load())
+    texts = read_prompt_file(prompts)[:n_prompts]
+    bushy = bushy_tree(loaded)
+    trees = [Tree.chain(min(3, loaded.n_heads)), bushy]
+
+    # The proofs: each tree and drafter, at each temperature.
     cases: list[dict[str, Any]] = []
-    for temperature in (0.0, 0.8):
+    for temperature in TEMPERATURES:
         requests = [
-            engine.request(t, max_tokens, sampling=SamplingParams(temperature, seed=i)) for i, t in enumerate(texts)
+            loaded.request(text, max_tokens, SamplingParams(temperature=temperature, seed=i))
+            for i, text in enumerate(texts)
         ]
-        for case in prove(engine, requests, trees):
-            chains = "" if case.chains_equal is None else f"bit-equal chains {case.chains_equal}/{case.texts}, "
-            click.echo(
-                f"{'ok  ' if case.holds else 'FAIL'} temperature {temperature}, {case.name}: replayed "
-                f"{case.replayed}/{case.texts} (off by {case.worst_difference:.1f} noise floors), {chains}equal to "
-                f"plain {case.plain_equal}/{case.texts}, {case.acceptance_length:.2f} tokens a step"
-            )
+        for case in prove(loaded, requests, trees):
+            click.echo(f"{mark(case.holds)} temperature {temperature}, {describe_case(case)}")
             cases.append({"temperature": temperature, **asdict(case), "holds": case.holds})
-    noticed = controls(engine, [engine.request(t, max_tokens) for t in texts[:3]], trees[1])
-    for name, answers in noticed.items():
-        caught = [answer for answer in answers if answer]
-        click.echo(
-            f"{'ok  ' if caught else 'FAIL'} control, {name}: noticed in {len(caught)}/{len(answers)} texts "
-            f"({'; '.join(caught) or 'not at all'})"
-        )
-    held = all(c["holds"] for c in cases) and all(any(answers) for answers in noticed.values())
+
+    # The controls: each planted fault has to be detected.
+    greedy = [loaded.request(text, max_tokens, SamplingParams()) for text in texts[:N_CONTROLLED]]
+    controls = negative_controls(loaded, greedy, bushy)
+    for name, answers in controls.items():
+        click.echo(f"{mark(any(answers))} control, {describe_control(name, answers)}")
+
+    # The verdict.
+    detected = all(any(answers) for answers in controls.values())
+    holds = detected and all(case["holds"] for case in cases)
     if json_path:
-        write_json(json_path, {**facts(engine), "holds": held, "cases": cases, "controls": noticed})
-    if not held:
-        click.echo("a proof failed or a fault went unnoticed", err=True)
+        result = {"holds": holds, "cases": cases, "controls": controls}
+        write_json(json_path, {**facts(loaded), **result})
+    if not holds:
+        click.echo("a proof failed or a planted fault was not detected", err=True)
         sys.exit(1)
 
 
-def bushy_tree(engine: Engine) -> Tree:
+def mark(holds: bool) -> str:
+    """Return the first word of a line."""
+    return "ok  " if holds else "FAIL"
+
+
+def describe_case(case: Case) -> str:
+    """Return the figures of a case."""
+    chains = ""
+    if case.chains_equal is not None:
+        chains = f"bit-equal chains {case.chains_equal}/{case.sequences}, "
+    return (
+        f"{case.name}: replayed {case.replayed}/{case.sequences} "
+        f"(largest difference {case.worst_difference:.1f} noise floors), {chains}"
+        f"equal to plain decoding {case.plain_equal}/{case.sequences}, "
+        f"acceptance length {case.acceptance_length:.2f}"
+    )
+
+
+def describe_control(name: str, answers: list[str]) -> str:
+    """Say in how many sequences a fault was detected, and how."""
+    how = [answer for answer in answers if answer]
+    detected = f"detected in {len(how)}/{len(answers)} sequences"
+    return f"{name}: {detected} ({'; '.join(how) or 'not at all'})"
+
+
+def bushy_tree(loaded: LoadedModel) -> Tree:
     """Return a tree with siblings at every depth, as large as heads and limit allow."""
     for widths in ([3, 2, 2], [2, 2, 2], [2, 2], [2]):
         tree = Tree.product(widths)
-        if tree.max_depth <= engine.n_heads and len(tree) <= engine.options.max_nodes:
+        if tree.max_depth <= loaded.n_heads and len(tree) <= loaded.options.max_nodes:
             return tree
     raise UsageError("verify needs a tree of 3 nodes or more; raise MEDUSA_MAX_TOKENS_PER_STEP")

@@ -1,4 +1,4 @@
-"""Build the bundled base model: Python source in, a small quantized GGUF out.
+"""The builder of the bundled base model: Python source in, a small quantized GGUF out.
 
     python scripts/build_tiny_base.py --minutes 60 --out build/tiny-python
 
@@ -13,7 +13,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
@@ -30,10 +30,12 @@ from tiny_llama import TinyConfig, TinyLlama, write_gguf  # noqa: E402
 from model.base.gguf_file import requantize  # noqa: E402
 from model.base.llama import LlamaBase  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
-from model.base.whole_file import whole_file  # noqa: E402
-from model.training.documents import standard_library  # noqa: E402
+from model.storage.whole_file import whole_file  # noqa: E402
+from model.training.data.standard_library import standard_library  # noqa: E402
 
-PHASES = ((0.2, (16, 256)), (0.8, (16, 512)), (1.0, (8, 1024)))  # until this share of the time: batch, window
+WINDOW = 1024  # tokens that are scored at a time
+# (until this share of the time, (batch, window))
+PHASES = ((0.2, (16, 256)), (0.8, (16, 512)), (1.0, (8, 1024)))
 
 
 def train_tokenizer(texts: list[str], out: Path, vocab: int) -> spm.SentencePieceProcessor:
@@ -41,12 +43,22 @@ def train_tokenizer(texts: list[str], out: Path, vocab: int) -> spm.SentencePiec
     lines = [line for text in texts for line in text.split("\n") if 0 < len(line) < 1000]
     with (out / "tokenizer.model").open("wb") as f:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=f, model_type="bpe", vocab_size=vocab,
-            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
-            remove_extra_whitespaces=False, add_dummy_prefix=False, allow_whitespace_only_pieces=True,
-            split_digits=True, input_sentence_size=400_000, shuffle_input_sentence=True,
-            num_threads=2, minloglevel=1,
-        )  # fmt: skip
+            sentence_iterator=iter(lines),
+            model_writer=f,
+            model_type="bpe",
+            vocab_size=vocab,
+            byte_fallback=True,
+            character_coverage=0.9995,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            allow_whitespace_only_pieces=True,
+            split_digits=True,
+            input_sentence_size=400_000,
+            shuffle_input_sentence=True,
+            num_threads=2,
+            minloglevel=1,
+        )
     return spm.SentencePieceProcessor(model_file=str(out / "tokenizer.model"))
 
 
@@ -56,35 +68,52 @@ def encode(sp: spm.SentencePieceProcessor, texts: list[str]) -> Tensor:
     return torch.tensor(ids, dtype=torch.long)
 
 
-@torch.no_grad()
-def held_out_loss(model: TinyLlama, data: Tensor, window: int = 1024) -> float:
-    """Return nats per token: windows that overlap by half, each token scored once, with the longer context."""
-    total, count, half = 0.0, 0, window // 2
-    for n, rows in enumerate(data[: (len(data) - 1) // half * half + 1].unfold(0, window + 1, half)):
-        since = half if n else 0
-        logits = model(rows[None, :-1])[0, since:]
-        total += F.cross_entropy(logits, rows[1 + since :], reduction="sum").item()
+def overlapping_windows(data: Tensor, window: int) -> Iterator[tuple[Tensor, int]]:
+    """Yield windows (window + 1,) that overlap by half, each with where its scored positions begin.
+
+    So each token is scored once, with the longer context.
+    """
+    half = window // 2
+    n_used = (len(data) - 1) // half * half + 1
+    for n, row in enumerate(data[:n_used].unfold(0, window + 1, half)):
+        yield row, half if n else 0
+
+
+def mean_loss(logits_of: Callable[[Tensor], Tensor], data: Tensor, window: int = WINDOW) -> float:
+    """Return nats per token over overlapping windows; logits_of: (T,) ids to (T, V) logits."""
+    total = 0.0
+    count = 0
+    for row, since in overlapping_windows(data, window):
+        logits = logits_of(row[:-1])[since:]
+        total += F.cross_entropy(logits, row[1 + since :], reduction="sum").item()
         count += window - since
     return total / count
 
 
-def quantized_loss(path: Path, data: Tensor, window: int = 1024) -> float:
-    """Return nats per token of a GGUF file through llama.cpp, over the windows of `held_out_loss`."""
-    model, total, count, half = LlamaModel(path), 0.0, 0, window // 2
-    with LlamaBase(model, n_ctx=window, n_batch=window, n_threads=torch.get_num_threads()) as base:
-        for n, rows in enumerate(data[: (len(data) - 1) // half * half + 1].unfold(0, window + 1, half)):
-            since = half if n else 0
+@torch.no_grad()
+def held_out_loss(model: TinyLlama, data: Tensor) -> float:
+    """Return the model's nats per token."""
+    return mean_loss(lambda ids: model(ids[None])[0], data)
+
+
+def quantized_loss(path: Path, data: Tensor) -> float:
+    """Return nats per token of a GGUF file through llama.cpp."""
+    model = LlamaModel(path)
+    threads = torch.get_num_threads()
+    with LlamaBase(model, n_ctx=WINDOW, n_batch=WINDOW, n_threads=threads) as base:
+
+        def logits_of(ids: Tensor) -> Tensor:
             base.clear()
-            base.decode(rows[:-1].numpy().astype(np.int32), 0, 0, outputs=True)
-            logits = torch.from_numpy(base.logits(window)[since:])
-            total += F.cross_entropy(logits, rows[1 + since :], reduction="sum").item()
-            count += window - since
+            base.decode(ids.numpy().astype(np.int32), 0, 0, outputs=True)
+            return torch.from_numpy(base.logits(len(ids)))
+
+        loss = mean_loss(logits_of, data)
     model.close()
-    return total / count
+    return loss
 
 
 def optimisers(model: TinyLlama, lr: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, norms and the LM head."""
+    """Return Muon for the blocks' matrices, AdamW for embeddings, norms and the LM head."""
     matrices = [p for p in model.blk.parameters() if p.dim() == 2]
     inside = {id(p) for p in matrices}
     others = [p for p in model.parameters() if id(p) not in inside]
@@ -100,77 +129,132 @@ def load_weights(model: TinyLlama, path: Path) -> None:
     model.load_state_dict({t.name: torch.from_numpy(t.data.copy()) for t in tensors})
 
 
-def train(model: TinyLlama, data: Tensor, valid: Tensor, minutes: float, lr: float, save: Callable[[], None]) -> None:
-    """Train for a span of time: warm-up, a flat part, and a linear way down to zero; `save` now and then.
+class Windows:
+    """Training batches: short windows first, long ones at the end of the time; see PHASES."""
 
-    Short windows and small batches first (most steps per minute), long windows at the end.
-    In F32: without AMX, bf16 matrix products are slower on CPUs (165 against 290 GFLOP/s on two cores).
-    The loss is compiled with the model: at 8,192 tokens a step that saves 30 % (2.5 s instead of 3.6 on two cores).
+    def __init__(self, data: Tensor) -> None:
+        self._data = data
+        self._rng = np.random.default_rng(0)
+        self._shape = (0, 0)
+        self._starts = np.empty(0, np.int64)
+        self._next = 0
+
+    def batch(self, share: float) -> Tensor:
+        """Return the next (batch, window + 1) ids; share: of the time that has passed."""
+        shape = next(shape for until, shape in PHASES if share < until)
+        size, window = shape
+        if shape != self._shape or self._next + size > len(self._starts):
+            self._shape = shape
+            self._next = 0
+            first = int(self._rng.integers(window))
+            starts = np.arange(first, len(self._data) - window - 1, window)
+            self._starts = self._rng.permutation(starts)
+        starts = self._starts[self._next : self._next + size]
+        self._next += size
+        return torch.stack([self._data[i : i + window + 1] for i in starts])
+
+
+def train(
+    model: TinyLlama,
+    data: Tensor,
+    valid: Tensor,
+    minutes: float,
+    lr: float,
+    save: Callable[[], None],
+) -> None:
+    """Train for a span of time: warm-up, a flat part, and a linear decay to zero.
+
+    In F32: without AMX, bf16 matrix products are slower on CPUs (165 against 290 GFLOP/s on two
+    cores). The loss is compiled with the model: at 8,192 tokens a step that saves 30 % (2.5 s
+    instead of 3.6 on two cores). save: called now and then.
     """
     opts = optimisers(model, lr)
+    windows = Windows(data)
 
     def next_token_loss(rows: Tensor) -> Tensor:
         return F.cross_entropy(model(rows[:, :-1]).flatten(0, 1), rows[:, 1:].flatten())
 
     loss_of = torch.compile(next_token_loss, dynamic=False)
-    start, step, seen, running = time.monotonic(), 0, 0, 0.0
-    rng = np.random.default_rng(0)
-    shape, order, at = (0, 0), np.empty(0, np.int64), 0
-    while (done := (time.monotonic() - start) / (60 * minutes)) < 1:
-        batch, window = next(shape for until, shape in PHASES if done < until)
-        if (batch, window) != shape or at + batch > len(order):
-            shape, at = (batch, window), 0
-            order = rng.permutation(np.arange(int(rng.integers(window)), len(data) - window - 1, window))
-        rows = torch.stack([data[i : i + window + 1] for i in order[at : at + batch]])
-        at += batch
-        scale = min(1.0, (step + 1) / 100) * min(1.0, (1 - done) / 0.6)
-        for opt in opts:
-            for group in opt.param_groups:
-                group["lr"] = lr * scale
+    start = time.monotonic()
+    step = 0
+    n_tokens = 0
+    running_loss = 0.0
+    while True:
+        seconds = time.monotonic() - start
+        share = seconds / (60 * minutes)
+        if share >= 1:
+            return
+
+        # One step.
+        scale = min(1.0, (step + 1) / 100) * min(1.0, (1 - share) / 0.6)
+        set_learning_rate(opts, lr * scale)
+        rows = windows.batch(share)
         loss = loss_of(rows)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for opt in opts:
             opt.step()
             opt.zero_grad(set_to_none=True)
-        step, seen = step + 1, seen + batch * window
-        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        step += 1
+        n_tokens += rows.shape[0] * (rows.shape[1] - 1)
+
+        # What is said of it, and saved.
+        last = loss.item()
+        running_loss = last if step == 1 else 0.98 * running_loss + 0.02 * last
         if step % 50 == 0:
-            rate = seen / (time.monotonic() - start)
-            note = f"  held-out {held_out_loss(model, valid[:32_769]):.3f}" if step % 400 == 0 else ""
-            if note:
+            note = ""
+            if step % 400 == 0:
+                note = f"  held-out {held_out_loss(model, valid[:32_769]):.3f}"
                 save()
-            print(f"{done:6.1%}  step {step}  loss {running:.3f}  {rate:,.0f} tokens/s{note}", flush=True)
+            rate = n_tokens / (time.monotonic() - start)
+            progress = f"{share:6.1%}  step {step}  loss {running_loss:.3f}"
+            print(f"{progress}  {rate:,.0f} tokens/s{note}", flush=True)
+
+
+def set_learning_rate(opts: list[torch.optim.Optimizer], lr: float) -> None:
+    """Give all parameters one learning rate."""
+    for opt in opts:
+        for group in opt.param_groups:
+            group["lr"] = lr
 
 
 @click.command()
 @click.option("--minutes", default=60.0, help="How long to train.")
 @click.option("--lr", default=5e-3, help="Peak learning rate.")
 @click.option("--threads", default=2, help="Threads to train with.")
-@click.option("--vocab", default=4096, help="Pieces of the tokenizer.")
+@click.option("--vocab", default=4096, help="Tokens of the tokenizer's vocabulary.")
 @click.option(
-    "--start", type=click.Path(path_type=Path, exists=True), help="Go on from this F32 GGUF (and its tokenizer)."
+    "--start",
+    type=click.Path(path_type=Path, exists=True),
+    help="Go on from this F32 GGUF (and its tokenizer).",
 )
 @click.option("--out", type=click.Path(path_type=Path), default=Path("build/tiny-python"))
-def main(minutes: float, lr: float, threads: int, vocab: int, start: Path | None, out: Path) -> None:
+def main(
+    minutes: float, lr: float, threads: int, vocab: int, start: Path | None, out: Path
+) -> None:
     """Train the bundled base model from scratch."""
+    # The text and its tokenizer.
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     out.mkdir(parents=True, exist_ok=True)
-    learn = [document.text for document in standard_library()]
-    held = [(document.name, document.text) for document in standard_library(held=True)]
+    learn = [text for _, text in standard_library()]
+    held = list(standard_library(held=True))
     if start:
         sp = spm.SentencePieceProcessor(model_file=str(start.parent / "tokenizer.model"))
         (out / "tokenizer.model").write_bytes(sp.serialized_model_proto())
     else:
         sp = train_tokenizer(learn, out, vocab)
-    data, valid = encode(sp, learn), encode(sp, [text for _, text in held])
+    data = encode(sp, learn)
+    valid = encode(sp, [text for _, text in held])
     held_bytes = sum(len(text.encode()) for _, text in held)
+
+    # The model.
     model = TinyLlama(TinyConfig(vocab=sp.vocab_size()))
     if start:
         load_weights(model, start)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{len(learn)} files, {len(data):,} tokens; held out {len(held)}, {len(valid):,}; {n_params:,} parameters")
+    print(f"{len(learn)} files, {len(data):,} tokens; {n_params:,} parameters")
+    print(f"held out: {len(held)} files, {len(valid):,} tokens")
     f32 = out / "tiny-python-f32.gguf"
 
     def save() -> None:
@@ -179,6 +263,8 @@ def main(minutes: float, lr: float, threads: int, vocab: int, start: Path | None
 
     train(model, data, valid, minutes, lr, save)
     save()
+
+    # Its file and figures.
     nats = held_out_loss(model, valid)
     requantize(f32, out / "tiny-python.Q4_0.gguf", "Q4_0")
     facts = {
@@ -194,7 +280,8 @@ def main(minutes: float, lr: float, threads: int, vocab: int, start: Path | None
         "held_out_files": [name for name, _ in held],
     }
     (out / "facts.json").write_text(json.dumps(facts, indent=1) + "\n")
-    print(f"held out: {nats:.3f} nats per token, {facts['held_out_bits_per_byte']:.3f} bits per byte")
+    bits = facts["held_out_bits_per_byte"]
+    print(f"held out: {nats:.3f} nats per token, {bits:.3f} bits per byte")
 
 
 if __name__ == "__main__":

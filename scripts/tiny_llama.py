@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TinyConfig:
     """Sizes of the model; `n_kv_heads < n_heads` is grouped-query attention."""
 
@@ -42,7 +42,8 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     x: (B, heads, T, head_dim); cos, sin: (T, head_dim / 2).
     """
-    even, odd = x[..., 0::2], x[..., 1::2]
+    even = x[..., 0::2]
+    odd = x[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
@@ -62,7 +63,8 @@ class Block(nn.Module):
         self.ffn_down = nn.Linear(c.ffn, c.dim, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        c, (b, t, _) = self.c, x.shape
+        c = self.c
+        b, t, _ = x.shape
         h = self.attn_norm(x)
         q = rope(self.attn_q(h).view(b, t, c.n_heads, c.head_dim).transpose(1, 2), cos, sin)
         k = rope(self.attn_k(h).view(b, t, c.n_kv_heads, c.head_dim).transpose(1, 2), cos, sin)
@@ -87,7 +89,8 @@ class TinyLlama(nn.Module):
         for name, p in self.named_parameters():
             if p.dim() == 2:
                 residual = name.endswith(("attn_output.weight", "ffn_down.weight"))
-                nn.init.normal_(p, std=0.02 / (2 * c.layers) ** 0.5 if residual else 0.02)
+                std = 0.02 / (2 * c.layers) ** 0.5 if residual else 0.02
+                nn.init.normal_(p, std=std)
         if c.tied:
             self.output.weight = self.token_embd.weight
         freq = c.rope_base ** (-torch.arange(0, c.head_dim, 2).float() / c.head_dim)
@@ -105,8 +108,20 @@ class TinyLlama(nn.Module):
         return out
 
 
+def token_type(sp: spm.SentencePieceProcessor, token: int) -> gguf.TokenType:
+    """Return how a GGUF names a token's kind."""
+    if sp.is_unknown(token):
+        return gguf.TokenType.UNKNOWN
+    if sp.is_control(token):
+        return gguf.TokenType.CONTROL
+    if sp.is_byte(token):
+        return gguf.TokenType.BYTE
+    return gguf.TokenType.NORMAL
+
+
 def write_gguf(path: Path, model: TinyLlama, sp: spm.SentencePieceProcessor, name: str) -> None:
     """Write the model and its tokenizer as an F32 GGUF that llama.cpp loads as `llama`."""
+    # The shapes.
     c = model.c
     w = gguf.GGUFWriter(str(path), "llama")
     w.add_name(name)
@@ -121,24 +136,21 @@ def write_gguf(path: Path, model: TinyLlama, sp: spm.SentencePieceProcessor, nam
     w.add_layer_norm_rms_eps(c.eps)
     w.add_vocab_size(c.vocab)
     w.add_file_type(gguf.LlamaFileType.ALL_F32)
+
+    # The tokenizer.
     ids = range(sp.vocab_size())
-    kinds = [
-        gguf.TokenType.UNKNOWN if sp.is_unknown(i)
-        else gguf.TokenType.CONTROL if sp.is_control(i)
-        else gguf.TokenType.BYTE if sp.is_byte(i)
-        else gguf.TokenType.NORMAL
-        for i in ids
-    ]  # fmt: skip
     w.add_tokenizer_model("llama")
     w.add_token_list([sp.id_to_piece(i).encode() for i in ids])
     w.add_token_scores([sp.get_score(i) for i in ids])
-    w.add_token_types(kinds)
+    w.add_token_types([token_type(sp, i) for i in ids])
     w.add_bos_token_id(sp.bos_id())
     w.add_eos_token_id(sp.eos_id())
     w.add_unk_token_id(sp.unk_id())
     w.add_add_bos_token(True)
     w.add_add_eos_token(False)
     w.add_add_space_prefix(False)
+
+    # The weights.
     for key, p in model.state_dict().items():
         if not (c.tied and key == "output.weight"):
             w.add_tensor(key, np.ascontiguousarray(p.detach().float().numpy()))
