@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # before numpy: its threads and llama.cpp's fight
+os.environ.setdefault(
+    "OPENBLAS_NUM_THREADS", "1"
+)  # before numpy: its threads and llama.cpp's fight
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
 
 from collections.abc import Iterator
@@ -17,10 +19,12 @@ import sentencepiece as spm
 import torch
 from tiny_llama import TinyConfig, TinyLlama, write_gguf
 
-from model.base import remember
 from model.base.gguf_file import requantize
+from model.storage import facts
 
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
+signal.signal(
+    signal.SIGINT, signal.default_int_handler
+)  # a shell's background jobs, and their children, ignore it
 ROOT = Path(__file__).resolve().parents[1]
 BUNDLED = ROOT / "models" / "tiny-python.Q4_0.gguf"
 FOREIGN = TinyConfig(vocab=1024, dim=192, layers=2, n_heads=6, n_kv_heads=2, ffn=320, context=512)
@@ -28,7 +32,7 @@ FOREIGN = TinyConfig(vocab=1024, dim=192, layers=2, n_heads=6, n_kv_heads=2, ffn
 
 @dataclass(frozen=True)
 class Foreign:
-    """A llama-architecture model with random weights, as GGUF files and in torch, and its tokenizer."""
+    """A llama model with random weights, as GGUF files and in torch, and its tokenizer."""
 
     f32: Path
     q8_0: Path
@@ -41,7 +45,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep the tests' remembered fingerprints out of the user's cache folder."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(remember, "folder", lambda: folder)
+        patch.setattr(facts, "folder", lambda: folder)
         yield
 
 
@@ -54,14 +58,17 @@ def bundled_gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def bundled_f32(bundled_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The bundled model in F32, where texts are equal whatever the batches look like; its heads fit."""
+    """The bundled model in F32, where texts are equal whatever the batches look like.
+
+    Its heads fit.
+    """
     target = tmp_path_factory.mktemp("f32") / "tiny-python.F32.gguf"
     requantize(bundled_gguf, target, "F32")
     return target
 
 
 def random_llama(config: TinyConfig, seed: int = 0) -> TinyLlama:
-    """Return a model whose logits spread as a trained one's do (standard deviation 3) and in which each part counts."""
+    """A model in which each part counts; its logits spread as a trained one's do (by 3)."""
     torch.manual_seed(seed)
     model = TinyLlama(config)
     with torch.no_grad():
@@ -71,7 +78,10 @@ def random_llama(config: TinyConfig, seed: int = 0) -> TinyLlama:
             elif name == "token_embd.weight" and not config.tied:
                 p.normal_()
             else:
-                p.normal_(std=(3.0 if name in ("output.weight", "token_embd.weight") else 1.0) / p.shape[1] ** 0.5)
+                p.normal_(
+                    std=(3.0 if name in ("output.weight", "token_embd.weight") else 1.0)
+                    / p.shape[1] ** 0.5
+                )
     return model
 
 
@@ -79,13 +89,25 @@ def random_llama(config: TinyConfig, seed: int = 0) -> TinyLlama:
 def foreign(tmp_path_factory: pytest.TempPathFactory) -> Foreign:
     """A model that is not ours: 1,024 pieces, grouped-query attention, F32 and Q8_0."""
     folder = tmp_path_factory.mktemp("foreign")
-    lines = [line for name in ("argparse", "ast", "inspect", "typing") for line in _source(name).split("\n") if line]
+    lines = [
+        line
+        for name in ("argparse", "ast", "inspect", "typing")
+        for line in _source(name).split("\n")
+        if line
+    ]
     with (folder / "tokenizer.model").open("wb") as f:
         spm.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=f, model_type="bpe", vocab_size=FOREIGN.vocab,
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            add_dummy_prefix=False, num_threads=1, minloglevel=2,
-        )  # fmt: skip
+            sentence_iterator=iter(lines),
+            model_writer=f,
+            model_type="bpe",
+            vocab_size=FOREIGN.vocab,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            add_dummy_prefix=False,
+            num_threads=1,
+            minloglevel=2,
+        )
     tokenizer = spm.SentencePieceProcessor(model_file=str(folder / "tokenizer.model"))
     model = random_llama(FOREIGN)
     f32, q8_0 = folder / "foreign-f32.gguf", folder / "foreign-q8_0.gguf"

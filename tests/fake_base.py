@@ -1,7 +1,8 @@
-"""A deterministic stand-in for llama.cpp: what a row sees decides its logits, so a wrong mask shows at once.
+"""A deterministic stand-in for llama.cpp.
 
-Cells hold (position, token, sequences). A row sees the cells that share a sequence with it at lower
-positions; its logits are a hash of that history. As in llama.cpp, one cell may serve many sequences.
+What a row sees decides its logits, so a wrong mask shows at once. Cells hold (position, token,
+sequences). A row sees the cells that share a sequence with it at lower positions; its logits are a
+hash of that history. As in llama.cpp, one cell may serve many sequences.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import zlib
 import numpy as np
 import numpy.typing as npt
 
-from model.base.llama import LaneRows
+from model.base.llama import RowSeqIds
 from model.errors import ContextError
 
 
 class FakeBase:
     """Same methods as LlamaBase; `history` records what every row saw."""
 
-    def __init__(self, n_vocab: int = 50, n_embd: int = 8, n_seq_max: int = 64, n_ctx: int = 4096) -> None:
+    def __init__(
+        self, n_vocab: int = 50, n_embd: int = 8, n_seq_max: int = 64, n_ctx: int = 4096
+    ) -> None:
         self.embeddings = True
         self.n_vocab, self.n_embd, self.n_seq_max, self.n_ctx = n_vocab, n_embd, n_seq_max, n_ctx
         self.cells: list[tuple[int, int, set[int]]] = []
@@ -26,10 +29,12 @@ class FakeBase:
         self._logits = np.zeros((0, n_vocab), np.float32)
         self._hidden = np.zeros((0, n_embd), np.float32)
 
-    def place(self, offset: int, tokens: list[int], pos: list[int], lanes: LaneRows) -> int:
+    def place(self, offset: int, tokens: list[int], pos: list[int], seq_ids: RowSeqIds) -> int:
         del self._batch[offset:]
         for i in range(len(tokens)):
-            self._batch.append((int(pos[i]), int(tokens[i]), set(lanes.ids[i, : lanes.counts[i]].tolist())))
+            self._batch.append(
+                (int(pos[i]), int(tokens[i]), set(seq_ids.ids[i, : seq_ids.counts[i]].tolist()))
+            )
         return len(self._batch)
 
     def want_states(self, wanted: bool) -> None:
@@ -60,7 +65,9 @@ class FakeBase:
     def prefill(self, tokens: npt.NDArray[np.int32], pos: int, seq: int) -> None:
         self.cells += [(pos + i, int(t), {seq}) for i, t in enumerate(tokens)]
 
-    def decode(self, tokens: npt.NDArray[np.int32], pos: int, seq: int, *, outputs: bool | None = None) -> None:
+    def decode(
+        self, tokens: npt.NDArray[np.int32], pos: int, seq: int, *, outputs: bool | None = None
+    ) -> None:
         assert outputs, "only asked for with all logits"
         self._batch = [(pos + i, int(t), {seq}) for i, t in enumerate(tokens)]
         self.decode_placed(len(tokens))
@@ -81,6 +88,12 @@ class FakeBase:
         for pos, _, seqs in self.cells:
             if source in seqs and start <= pos < end:
                 seqs.add(target)
+
+    def clear(self) -> None:
+        self.cells = []
+
+    def close(self) -> None:
+        self.clear()
 
     def text_of(self, seq: int) -> list[int]:
         """The tokens that a sequence holds, in order of position."""

@@ -7,6 +7,7 @@ import json
 import threading
 import time
 from collections.abc import Iterator
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -45,11 +46,12 @@ class Handler(BaseHTTPRequestHandler):
             self.server.asked.append((self.path, body, self.headers["Authorization"]))
             self.server.now += 1
             self.server.most = max(self.server.most, self.server.now)
-        try:
-            self.answer(body, body.get("prompt") or body["messages"][-1]["content"])
-        finally:
-            with self.server.lock:
-                self.server.now -= 1
+        self.answer(body, body.get("prompt") or body["messages"][-1]["content"])
+
+    def leave(self) -> None:
+        """Count a request as answered, before the client reads that and asks the next one."""
+        with self.server.lock:
+            self.server.now -= 1
 
     def answer(self, body: dict[str, Any], prompt: str) -> None:
         kind, seen = prompt.split()[0], self.server.prompts().count(prompt)
@@ -59,21 +61,39 @@ class Handler(BaseHTTPRequestHandler):
             return self.send(500, b"Internal Server Error")
         if kind == "busy" and seen == 1:
             return self.send(429, b"{}", {"Retry-After": "0"})
+        if kind == "wait" and seen == 1:
+            date = formatdate(time.time() + 2, usegmt=True)
+            again = {"seconds": "1", "date": date, "nonsense": "soon"}[prompt.split()[1]]
+            return self.send(429, b"{}", {"Retry-After": again})
+        if kind == "torn" and seen == 1:
+            self.close_connection = True
+            return self.send(200, b"{", {"Content-Length": "100"})
         if kind in ("refused", "unfit"):
             return self.send(401 if kind == "refused" else 400, f"bad key\n{KEY}".encode())
         if kind in ("nonsense", "empty", "list", "null") or (kind == "mad" and seen == 1):
-            bodies = {"empty": b'{"choices": [{"text": " "}]}', "list": b"[1]", "null": b'{"choices": null}'}
+            bodies = {
+                "empty": b'{"choices": [{"text": " "}]}',
+                "list": b"[1]",
+                "null": b'{"choices": null}',
+            }
             return self.send(200, bodies.get(kind, b"<html>\xff</html>"))
         if kind == "hangup":
             self.close_connection = True
-            return None
+            return self.leave()
         time.sleep(0.02)
         text = f"answer to {prompt}"
-        choice = {"text": text} if "prompt" in body else {"message": {"role": "assistant", "content": text}}
+        choice = (
+            {"text": text}
+            if "prompt" in body
+            else {"message": {"role": "assistant", "content": text}}
+        )
         reason = "length" if kind == "long" else "stop"
-        return self.send(200, json.dumps({"choices": [{**choice, "finish_reason": reason}]}).encode())
+        return self.send(
+            200, json.dumps({"choices": [{**choice, "finish_reason": reason}]}).encode()
+        )
 
     def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+        self.leave()
         self.send_response(status)
         for name, value in {"Content-Length": str(len(content)), **(headers or {})}.items():
             self.send_header(name, value)

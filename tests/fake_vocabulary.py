@@ -2,24 +2,50 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import numpy.typing as npt
 
+BOS = 1
 EOS = 2
+MARKS = {b"<s>": BOS, b"</s>": EOS}
+MARK = re.compile(b"(</?s>)")
+
+
+class Numbers:
+    """A vocabulary of n tokens, each the letter of its number."""
+
+    def __init__(self, n_vocab: int = 50, eog: frozenset[int] = frozenset()) -> None:
+        self.n_vocab, self.eog = n_vocab, eog
+
+    def piece(self, token: int) -> bytes:
+        return bytes([97 + token % 26])
 
 
 class Bytes:
-    """1 begins a text, 2 ends one. space: SentencePiece's, before each text and behind each mark."""
+    """1 (`<s>`) begins a text, 2 (`</s>`) ends one; all others are bytes.
 
-    bos, eog = 1, frozenset({EOS})
+    space: SentencePiece's, before each text and behind each mark.
+    """
+
+    bos = BOS
+    eog = frozenset({EOS})
 
     def __init__(self, space: bool = False) -> None:
         self.space = space
 
-    def tokenize(self, text: str, *, add_bos: bool = True, parse_special: bool = False) -> npt.NDArray[np.int32]:
-        pieces = text.encode().split(b"</s>") if parse_special else [text.encode()]
-        data = b"\x02".join((b" " if self.space and piece else b"") + piece for piece in pieces)
-        return np.array([*([self.bos] if add_bos else []), *data], np.int32)
+    def tokenize(
+        self, text: str, *, add_bos: bool = True, parse_special: bool = False
+    ) -> npt.NDArray[np.int32]:
+        data = text.encode()
+        tokens = [BOS] if add_bos else []
+        for piece in MARK.split(data) if parse_special else [data]:
+            if parse_special and piece in MARKS:
+                tokens.append(MARKS[piece])
+            elif piece:
+                tokens += b" " + piece if self.space else piece
+        return np.array(tokens, np.int32)
 
     def piece(self, token: int) -> bytes:
         return b"" if token < 3 else bytes([token])

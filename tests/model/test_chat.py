@@ -1,4 +1,4 @@
-"""The terminal chat, with the bundled model: what is said, what is read again, what came free, how it ends."""
+"""The terminal chat, with the bundled model: what is said, what is read again, how it ends."""
 
 from __future__ import annotations
 
@@ -12,60 +12,72 @@ import pytest
 from click.testing import CliRunner, Result
 
 import commands.chat as module
-from commands.chat import Talk
-from config import HEADS_FOLDER
+from commands.chat import Conversation
 from main import cli
 from model.base.chat import chosen_template
-from model.decoding.generation import Request
-from model.decoding.planning import FixedPlan
+from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
-from model.engine import Decoder, Engine, EngineOptions
+from model.decoding.sequence import Output
+from model.engine import Completion, DraftOptions, Engine, LoadOptions
 from model.errors import ContextError
-from model.serving.jobs import Piece
+from model.loaded_model import LoadedModel
 
 TURNS = ["def read(path):\n", "    return ", "class Stack:\n"]
-TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}<assistant>"
-
-
-@pytest.fixture(scope="module")
-def engine(bundled_f32: Path) -> Iterator[Engine]:
-    engine = Engine(bundled_f32, EngineOptions(1, 256, max_nodes=16), None, HEADS_FOLDER)
-    yield engine
-    engine.model.close()
+TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+GREEDY = SamplingParams()
 
 
 @pytest.fixture
-def decoder(engine: Engine) -> Iterator[Decoder]:
-    with engine.decoder_for(FixedPlan(branch=7), None, ngrams=True) as decoder:
-        yield decoder
+def engine(bundled_f32: Path) -> Iterator[Engine]:
+    """An engine that drafts up to 7 tokens of n-grams in every step."""
+    load = LoadOptions(n_threads=1, context_size=256, max_nodes=8)
+    draft = DraftOptions(sources="ngram", fixed=True)
+    with Engine(bundled_f32, load=load, draft=draft) as engine:
+        yield engine
 
 
 def call(words: list[str], said: str) -> Result:
-    return CliRunner().invoke(cli, ["chat", "--draft", "none", *words], input=said, env={"MODEL_CONTEXT_SIZE": "128"})
+    command = ["chat", "--draft", "none", *words]
+    env = {"MODEL_CONTEXT_SIZE": "128", "N_THREADS": "1"}
+    return CliRunner().invoke(cli, command, input=said, env=env)
 
 
-@pytest.mark.parametrize("template", ["", TEMPLATE + "{% endif %}"])
-def test_every_answer_is_that_of_the_whole_conversation(
-    engine: Engine, decoder: Decoder, template: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def answer(conversation: Conversation, line: str) -> Completion:
+    """Say a line; return the whole answer."""
+    with conversation.answer(line) as stream:
+        for _ in stream:
+            pass
+    return stream.completion
+
+
+def plain_text(loaded: LoadedModel, text: str, n: int, *, parse_special: bool = False) -> str:
+    """Return what plain decoding generates behind a text."""
+    prompt = loaded.base_model.tokenize(text, parse_special=parse_special).tolist()
+    with loaded.fixed_decoder() as plain:
+        return plain.run(Request(prompt=prompt, max_tokens=n)).take_output().text
+
+
+@pytest.mark.parametrize("template", ["", TEMPLATE])
+def test_every_answer_is_that_of_the_whole_conversation(engine: Engine, template: str) -> None:
     """On an F32 file, where cells that were kept cannot differ from those that are read again."""
-    facts = {k: v for k, v in engine.file.metadata.items() if k != "tokenizer.chat_template"}
-    monkeypatch.setattr(engine.file, "metadata", facts | ({"tokenizer.chat_template": template} if template else {}))
-    chosen = chosen_template(engine.file.metadata, "auto")
-    talk, so_far = Talk(engine, decoder, SamplingParams(), 16, "be brief\n" if template else "", chosen), ""
-    if template:
-        so_far = "<system>be brief\n\n"
+    own = {"tokenizer.chat_template": template} if template else {}
+    metadata = {**engine.loaded.file.metadata, "tokenizer.chat_template": "", **own}
+    engine.template = chosen_template(metadata, "auto")
+    conversation = Conversation(engine, GREEDY, 16, "be brief\n" if template else "")
+    so_far = "<system>be brief\n\n" if template else ""
     for line in TURNS:
         so_far += f"<user>{line}\n<assistant>" if template else line
-        text = "".join(piece.text for piece in talk.answer(line))
-        with engine.decoder() as plain:
-            prompt = engine.model.tokenize(so_far, parse_special=bool(template)).tolist()
-            assert text == plain.start(Request(prompt, 16)).run() != ""
-        so_far += text + "\n" * bool(template)
-        assert talk.writing is not None
-        reused, prompt_length = talk.writing.slot.reused, talk.writing.slot.prompt_length
-        assert prompt_length - reused < 24 or line == TURNS[0], "what was said is not read again"
-    assert reused > 30
+        completion = answer(conversation, line)
+        expected = plain_text(engine.loaded, so_far, 16, parse_special=bool(template))
+        assert completion.text == expected != ""
+        so_far += completion.text
+        so_far += "\n" if template else ""
+        n_read = completion.prompt_tokens - completion.cached_tokens
+        assert n_read < 24 or line == TURNS[0], "what was said is not read again"
+    assert completion.cached_tokens > 30
 
 
 @pytest.mark.parametrize(
@@ -81,54 +93,58 @@ def test_every_answer_is_that_of_the_whole_conversation(
 def test_whose_form_a_conversation_takes(choice: str, own: str | None, text: str | None) -> None:
     metadata = {"tokenizer.ggml.tokens": [], **({"tokenizer.chat_template": own} if own else {})}
     template = chosen_template(metadata, choice)
-    assert (template and template.render([{"role": "user", "content": "hi"}], prompt=True)) == text
+    rendered = template and template.render([{"role": "user", "content": "hi"}], prompt=True)
+    assert rendered == text
 
 
-def test_a_conversation_that_no_longer_fits_goes_on_with_less(engine: Engine, decoder: Decoder) -> None:
-    talk = Talk(engine, decoder, SamplingParams(), 8, "", None)
-    before = "".join(p.text for p in talk.answer("x = 1\n"))
+def test_a_conversation_that_no_longer_fits_goes_on_with_less(engine: Engine) -> None:
+    conversation = Conversation(engine, GREEDY, 8, "")
+    before = answer(conversation, "x = 1\n").text
     with pytest.raises(ContextError, match="the context 256"):
-        list(talk.answer("y = 2\n" * 200))
-    assert before and "".join(p.text for p in talk.answer("z = 3\n"))
+        answer(conversation, "y = 2\n" * 200)
+    assert before
+    after = answer(conversation, "z = 3\n").text
+    assert after == plain_text(engine.loaded, "x = 1\n" + before + "z = 3\n", 8) != ""
 
 
-def test_an_answer_that_is_stopped_leaves_the_cache_in_order(engine: Engine, decoder: Decoder) -> None:
-    talk = Talk(engine, decoder, SamplingParams(), 40, "", None)
-    pieces = talk.answer(TURNS[0])
-    begun = "".join(piece.text for piece in itertools.islice(pieces, 5))
-    pieces.close()
-    text = "".join(piece.text for piece in talk.answer(TURNS[1]))
-    with engine.decoder() as plain:
-        prompt = engine.model.tokenize(TURNS[0] + begun + TURNS[1]).tolist()
-        assert text == plain.start(Request(prompt, 40)).run()
+def test_an_answer_that_is_stopped_leaves_the_cache_in_order(engine: Engine) -> None:
+    conversation = Conversation(engine, GREEDY, 40, "")
+    with conversation.answer(TURNS[0]) as stream:
+        begun = "".join(output.text for output in itertools.islice(stream, 5))
+    assert begun == stream.completion.text and len(stream.completion.tokens) < 40
+    text = answer(conversation, TURNS[1]).text
+    assert text == plain_text(engine.loaded, TURNS[0] + begun + TURNS[1], 40)
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_conversation(monkeypatch: pytest.MonkeyPatch) -> None:
-    show, shown = module.show, list[str]()
+    show = module.show
+    shown = list[str]()
 
-    def press(piece: Piece) -> None:
-        show(piece)
-        shown.append(piece.text)
+    def press(output: Output) -> None:
+        show(output)
+        shown.append(output.text)
         if len(shown) == 2:
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(module, "show", press)
     done = call(["--max_tokens", "9"], "import os\nimport sys\n")
-    assert done.exit_code == 0 and len(shown) > 4, done.output
+    assert done.exit_code == 0 and 4 < len(shown) < 18, done.output
 
 
 def test_as_a_user_types_it() -> None:
     done = call(["--max_tokens", "8", "--profile"], "def f(x):\\\n    return\n\nx = \n")
     assert done.exit_code == 0, done.output
     assert done.stderr.count("8 tokens, ") == 2 and done.stderr.count("decode") == 2
-    assert re.search(r"decode +\d+ us a step +\d+\.\d%", done.stderr) and "\x1b" not in done.stdout
+    assert re.search(r"decode +\d+ us a step +\d+\.\d%", done.stderr)
+    assert "\x1b" not in done.stdout
     refused = call([], "x = 1\n" * 1 + "y = 2 \\\n" * 300 + "\nz = 3\n")
     assert refused.exit_code == 0 and "the context 128" in refused.stderr
 
 
-def test_what_came_free_is_green(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepted_draft_tokens_are_green() -> None:
     words = ["chat", "--draft", "ngram", "--tree", "1", "--max_tokens", "40"]
-    done = CliRunner().invoke(cli, words, input="x = 1\nx = 1\nx = 1\nx\n", color=True)
+    said = "x = 1\nx = 1\nx = 1\nx\n"
+    done = CliRunner().invoke(cli, words, input=said, color=True)
     assert done.exit_code == 0 and "\x1b[32m" in done.stdout, done.output
-    plain = CliRunner().invoke(cli, [*words, "--draft", "none"], input="x = 1\nx = 1\nx = 1\nx\n", color=True)
-    assert "\x1b" not in plain.stdout
+    plain = CliRunner().invoke(cli, [*words, "--draft", "none"], input=said, color=True)
+    assert plain.exit_code == 0 and "\x1b" not in plain.stdout

@@ -14,10 +14,10 @@ import pytest
 import tiny_llama
 from conftest import FOREIGN, Foreign, random_llama
 
-from model.base import remember
 from model.base.gguf_file import GGUFFile, requantize
 from model.base.load_check import check_loads
 from model.errors import ModelFileError, OutputError, UsageError
+from model.storage import facts
 
 
 def bare(path: Path, architecture: str = "llama", **floats: float) -> GGUFFile:
@@ -45,11 +45,20 @@ def test_facts(foreign: Foreign) -> None:
 
 def test_reads_what_the_gguf_package_reads(foreign: Foreign, bundled_gguf: Path) -> None:
     for path in (foreign.f32, foreign.q8_0, bundled_gguf):
-        file, reader = GGUFFile(path), gguf.GGUFReader(path)
-        fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+        file = GGUFFile(path)
+        reader = gguf.GGUFReader(path)
+        fields = {
+            key: field.contents()
+            for key, field in reader.fields.items()
+            if not key.startswith("GGUF.")
+        }
         assert file.metadata.keys() == fields.keys()
         for key, value in fields.items():
-            assert list(file.metadata[key]) == value if isinstance(value, list) else file.metadata[key] == value, key
+            assert (
+                list(file.metadata[key]) == value
+                if isinstance(value, list)
+                else file.metadata[key] == value
+            ), key
         for tensor in reader.tensors:
             np.testing.assert_array_equal(
                 file.tensor(tensor.name), gguf.quants.dequantize(tensor.data, tensor.tensor_type)
@@ -58,12 +67,14 @@ def test_reads_what_the_gguf_package_reads(foreign: Foreign, bundled_gguf: Path)
 
 def test_lm_head_and_embeddings(foreign: Foreign) -> None:
     head, embeddings = (
-        p.detach().numpy() for p in (foreign.torch_model.output.weight, foreign.torch_model.token_embd.weight)
+        p.detach().numpy()
+        for p in (foreign.torch_model.output.weight, foreign.torch_model.token_embd.weight)
     )
     np.testing.assert_array_equal(GGUFFile(foreign.f32).output_weight(), head)
     np.testing.assert_array_equal(GGUFFile(foreign.f32).token_embeddings(), embeddings)
     rounded = GGUFFile(foreign.q8_0).output_weight()
-    assert 0 < np.abs(rounded - head).max() <= np.abs(head).max() / 127  # Q8_0: steps of max/127 per block
+    # Q8_0: steps of max/127 per block.
+    assert 0 < np.abs(rounded - head).max() <= np.abs(head).max() / 127
     assert rounded.dtype == np.float32
     assert rounded.shape == (1024, 192)
 
@@ -80,13 +91,15 @@ def test_tied_model_gives_its_embeddings(foreign: Foreign, tmp_path: Path) -> No
 
 def test_logit_scale_and_soft_cap(tmp_path: Path) -> None:
     assert bare(tmp_path / "a.gguf", "command-r", logit_scale=0.25).logit_scale == 0.25
-    assert bare(tmp_path / "b.gguf", "granite", logit_scale=4.0).logit_scale == 0.25  # llama.cpp divides here
+    # For these families llama.cpp divides.
+    assert bare(tmp_path / "b.gguf", "granite", logit_scale=4.0).logit_scale == 0.25
     assert bare(tmp_path / "c.gguf", "gemma2", final_logit_softcapping=30.0).soft_cap == 30.0
     assert bare(tmp_path / "d.gguf").metadata["tokenizer.ggml.tokens"] == ["a", "b\udcff"]
 
 
 def test_fingerprints(foreign: Foreign, tmp_path: Path) -> None:
-    f32, q8_0 = GGUFFile(foreign.f32), GGUFFile(foreign.q8_0)
+    f32 = GGUFFile(foreign.f32)
+    q8_0 = GGUFFile(foreign.q8_0)
     assert f32.file_fingerprint() == hashlib.sha256(foreign.f32.read_bytes()).hexdigest()
     assert f32.file_fingerprint() != q8_0.file_fingerprint()
     assert f32.heads_fingerprint() == q8_0.heads_fingerprint()
@@ -103,7 +116,8 @@ def test_fingerprints(foreign: Foreign, tmp_path: Path) -> None:
 
 
 def test_token_boundaries_are_part_of_the_fingerprint(tmp_path: Path) -> None:
-    one, two = bare(tmp_path / "a.gguf"), bare(tmp_path / "b.gguf")
+    one = bare(tmp_path / "a.gguf")
+    two = bare(tmp_path / "b.gguf")
     two.metadata["tokenizer.ggml.tokens"] = ["ab", "\udcff"]
     assert one.heads_fingerprint() != two.heads_fingerprint()
 
@@ -111,7 +125,8 @@ def test_token_boundaries_are_part_of_the_fingerprint(tmp_path: Path) -> None:
 def test_files_are_hashed_once(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     file = bare(path)
-    before, stat = file.file_fingerprint(), path.stat()
+    before = file.file_fingerprint()
+    stat = path.stat()
     path.write_bytes(path.read_bytes().replace(b"llama", b"LLAMA"))
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert file.file_fingerprint() == before  # same path, size and time: remembered
@@ -121,7 +136,7 @@ def test_files_are_hashed_once(tmp_path: Path) -> None:
 
 def test_an_unwritable_cache_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setattr(remember, "folder", lambda: tmp_path / "file" / "x")
+    monkeypatch.setattr(facts, "folder", lambda: tmp_path / "file" / "x")
     path = tmp_path / "a.gguf"
     assert bare(path).file_fingerprint() == hashlib.sha256(path.read_bytes()).hexdigest()
 
@@ -131,13 +146,18 @@ def split(foreign: Foreign, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     """The foreign model once more, in shards."""
     folder = tmp_path_factory.mktemp("split")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiny_llama.gguf.GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=8))
-        tiny_llama.write_gguf(folder / "foreign.gguf", foreign.torch_model, foreign.tokenizer, "foreign")
+        patch.setattr(
+            "tiny_llama.gguf.GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=8)
+        )
+        tiny_llama.write_gguf(
+            folder / "foreign.gguf", foreign.torch_model, foreign.tokenizer, "foreign"
+        )
     return sorted(folder.glob("*.gguf"))
 
 
 def test_split_files(foreign: Foreign, split: list[Path]) -> None:
-    whole, parts = GGUFFile(foreign.f32), GGUFFile(split[0])
+    whole = GGUFFile(foreign.f32)
+    parts = GGUFFile(split[0])
     assert parts.paths == split
     assert len(split) == 3
     for name in ("token_embd.weight", "blk.1.ffn_down.weight", "output.weight"):
@@ -148,7 +168,10 @@ def test_split_files(foreign: Foreign, split: list[Path]) -> None:
 
 
 def test_split_files_are_named_by_the_first_and_complete(split: list[Path], tmp_path: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"part 2 of a split model; name the first, foreign-00001-of-00003\.gguf"):
+    with pytest.raises(
+        ModelFileError,
+        match=r"part 2 of a split model; name the first, foreign-00001-of-00003\.gguf",
+    ):
         GGUFFile(split[1])
     for path in split[:2]:
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -156,9 +179,11 @@ def test_split_files_are_named_by_the_first_and_complete(split: list[Path], tmp_
         GGUFFile(tmp_path / split[0].name)
 
 
-def test_split_files_behind_links_load(split: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As Hugging Face's cache keeps them: llama.cpp finds the other parts by the name of the link."""
-    monkeypatch.setattr(remember, "folder", lambda: tmp_path / "cache")
+def test_split_files_behind_links_load(
+    split: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Hugging Face's cache keeps them: the other parts are found by the name of the link."""
+    monkeypatch.setattr(facts, "folder", lambda: tmp_path / "cache")
     for i, path in enumerate(split):
         (tmp_path / f"blob{i}").write_bytes(path.read_bytes())
         (tmp_path / path.name).symlink_to(tmp_path / f"blob{i}")
@@ -205,19 +230,26 @@ def test_files_that_are_none(tmp_path: Path) -> None:
 
 
 def test_files_cut_off_anywhere(foreign: Foreign, tmp_path: Path) -> None:
-    raw, path = foreign.q8_0.read_bytes(), tmp_path / "cut.gguf"
+    raw = foreign.q8_0.read_bytes()
+    path = tmp_path / "cut.gguf"
     for size in (24, 25, 60, 100, 1_000, 10_000, 30_000, 40_000, len(raw) // 2, len(raw) - 1):
         path.write_bytes(raw[:size])
         assert "damaged or cut off" in refusal(path)
 
 
 def test_damaged_headers_give_one_line_or_open(foreign: Foreign, tmp_path: Path) -> None:
-    """400 files with 1 to 8 wrong bytes in the header's interesting parts: nothing but ModelFileError may come out."""
-    raw, path = foreign.q8_0.read_bytes(), tmp_path / "damaged.gguf"
-    first, last = raw.index(b"tokenizer.ggml.tokens") + 100, raw.index(b"tokenizer.ggml.token_type") - 40
+    """400 files with 1 to 8 wrong bytes in the header's interesting parts.
+
+    Nothing but ModelFileError may come out.
+    """
+    raw = foreign.q8_0.read_bytes()
+    path = tmp_path / "damaged.gguf"
+    first = raw.index(b"tokenizer.ggml.tokens") + 100
+    last = raw.index(b"tokenizer.ggml.token_type") - 40
     infos = raw.index(b"blk.0.attn_k.weight") - 60
     spans = [*range(4, first), *range(last, last + 100), *range(infos, infos + 1200)]
-    rng, lines = np.random.default_rng(0), list[str]()
+    rng = np.random.default_rng(0)
+    lines = list[str]()
     for _ in range(400):
         data = bytearray(raw)
         for at in rng.choice(spans, rng.integers(1, 9)):

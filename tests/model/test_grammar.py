@@ -26,7 +26,10 @@ def model(bundled_gguf: Path) -> Iterator[LlamaModel]:
     ("gbnf", "why"),
     [
         ("root ::= " + "(" * 101 + '"x"' + ")" * 101, "parentheses"),
-        ('# "\nroot ::= ' + "(" * 40_000 + '"x"', "parentheses"),  # the comment's quote opens no literal
+        (
+            '# "\nroot ::= ' + "(" * 40_000 + '"x"',
+            "parentheses",
+        ),  # the comment's quote opens no literal
         ("# [\nroot ::= " + "(" * 40_000 + '"x"', "parentheses"),
         ('root ::= "' + "a" * 50_000 + '"{2000}', "repetitions"),
         ("root ::= " + '"aaaaaaaaaa"{1,2000} ' * 200, "repetitions"),
@@ -37,11 +40,14 @@ def model(bundled_gguf: Path) -> Iterator[LlamaModel]:
         ('root ::= "a\0"', "code 0"),
     ],
 )
-def test_what_would_stop_the_model_is_refused_at_once(model: LlamaModel, gbnf: str, why: str) -> None:
+def test_what_would_stop_the_model_is_refused_at_once(
+    model: LlamaModel, gbnf: str, why: str
+) -> None:
     since = time.perf_counter()
     with pytest.raises(UsageError, match=why):
         GbnfGrammar(model, gbnf)
-    assert time.perf_counter() - since < 5  # a scanner that begins anew at each bracket takes minutes
+    # A scanner that begins anew at each bracket takes minutes.
+    assert time.perf_counter() - since < 5
 
 
 @pytest.mark.parametrize(
@@ -56,7 +62,9 @@ def test_what_it_can_take_is_let_through(model: LlamaModel, gbnf: str) -> None:
     GbnfGrammar(model, gbnf)
 
 
-def test_a_clients_grammar_does_not_reach_the_terminal(model: LlamaModel, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_clients_grammar_does_not_reach_the_terminal(
+    model: LlamaModel, capfd: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(UsageError):
         GbnfGrammar(model, "root ::= \x1b[2Jhello")
     os.write(2, b"still there")
@@ -80,4 +88,6 @@ def test_a_schema_that_would_fill_the_memory_is_refused(schema: dict[str, Any], 
 
 def test_usual_schemas_pass() -> None:
     text = {"type": "string", "pattern": "^[a-z]{2,40}$", "maxLength": 200}
-    assert "root ::=" in schema_to_gbnf({"type": "object", "properties": {"a": text, "minLength": {"type": "integer"}}})
+    assert "root ::=" in schema_to_gbnf(
+        {"type": "object", "properties": {"a": text, "minLength": {"type": "integer"}}}
+    )

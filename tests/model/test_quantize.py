@@ -53,13 +53,22 @@ def full_disk(_: object) -> Any:
 
 
 def test_types_are_known_by_llama_cpps_names_in_any_case() -> None:
-    assert [file_type(name) for name in ("q4_0", "Q4_K_M", "Bf16", "q5_k")] == ["Q4_0", "Q4_K_M", "BF16", "Q5_K_M"]
+    assert [file_type(name) for name in ("q4_0", "Q4_K_M", "Bf16", "q5_k")] == [
+        "Q4_0",
+        "Q4_K_M",
+        "BF16",
+        "Q5_K_M",
+    ]
     assert tensor_type("q6_k") == "Q6_K"
     for kind, tensor in TYPES.items():
         prefix = "ALL_" if kind == "F32" else "MOSTLY_"
-        assert getattr(llama_cpp, f"LLAMA_FTYPE_{prefix}{kind}") == gguf.LlamaFileType[prefix + kind]
+        assert (
+            getattr(llama_cpp, f"LLAMA_FTYPE_{prefix}{kind}") == gguf.LlamaFileType[prefix + kind]
+        )
         assert tensor in gguf.GGMLQuantizationType.__members__
-    with pytest.raises(UsageError, match=r"quantization 'q9' is unknown; use one of f32, .*q4_0, .*q4_k_m"):
+    with pytest.raises(
+        UsageError, match=r"quantization 'q9' is unknown; use one of f32, .*q4_0, .*q4_k_m"
+    ):
         file_type("q9")
     with pytest.raises(UsageError, match=r"tensor type 'q4_k_m' is unknown; use one of .*q6_k, "):
         tensor_type("q4_k_m")
@@ -69,23 +78,30 @@ def test_a_quantized_file_becomes_one_of_another_type(bundled_gguf: Path, tmp_pa
     target = tmp_path / "x.gguf"
     requantize(bundled_gguf, target, "q8_0", "q5_1", threads=1)
     file = check_loads(target)
-    assert file.file_type == "Q8_0" and file.heads_fingerprint() == GGUFFile(bundled_gguf).heads_fingerprint()
+    assert file.file_type == "Q8_0"
+    assert file.heads_fingerprint() == GGUFFile(bundled_gguf).heads_fingerprint()
     assert file.tensors["output.weight"].kind.name == "Q5_1"
     assert file.tensors["blk.3.ffn_up.weight"].kind.name == "Q8_0"
-    apart = np.abs(file.tensor("blk.3.ffn_up.weight") - GGUFFile(bundled_gguf).tensor("blk.3.ffn_up.weight"))
+    apart = np.abs(
+        file.tensor("blk.3.ffn_up.weight") - GGUFFile(bundled_gguf).tensor("blk.3.ffn_up.weight")
+    )
     assert apart.max() < 0.01
     requantize(target, target.with_name("y.gguf"), "F16", threads=1)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["x.gguf", "y.gguf"]
 
 
 def test_what_is_lost_twice_is_said() -> None:
-    assert "Q4_0 already" in quality_warning("Q4_0", "q4_k_m") and "Q8_0 already" in quality_warning("Q8_0", "q4_0")
+    assert "Q4_0 already" in quality_warning("Q4_0", "q4_k_m")
+    assert "Q8_0 already" in quality_warning("Q8_0", "q4_0")
     for have, wanted in (("BF16", "q4_0"), ("F32", "q4_0"), ("Q4_0", "bf16"), ("Q4_0", "q4_0")):
         assert not quality_warning(have, wanted)
 
 
 def test_llama_cpps_log_shows_on_demand_alone(
-    foreign: Foreign, tmp_path: Path, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+    foreign: Foreign,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     with caplog.at_level("DEBUG"):
         requantize(foreign.f32, tmp_path / "x.gguf", "q4_0")
@@ -97,7 +113,10 @@ def test_llama_cpps_log_shows_on_demand_alone(
 def test_an_lm_head_of_another_width_is_refused_as_llama_cpp_would_abort(
     bundled_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UsageError, match="'q4_k' cannot hold this LM head: rows of 320 weights are no multiple of 256"):
+    with pytest.raises(
+        UsageError,
+        match="'q4_k' cannot hold this LM head: rows of 320 weights are no multiple of 256",
+    ):
         requantize(bundled_gguf, tmp_path / "x.gguf", "q4_0", "q4_k")
     monkeypatch.setattr(gguf_file, "block_size", lambda kind: 1)
     with pytest.raises(OutputError, match=r"could not write it as q4_0 \(it ended with SIGABRT"):
@@ -116,10 +135,14 @@ def test_a_failing_quantizer_leaves_nothing_and_says_why(
 
     def fail(*arguments: str, **_: object) -> subprocess.CompletedProcess[str]:
         Path(arguments[2]).write_bytes(b"half of it")
-        return subprocess.CompletedProcess([], 1, "", "llama_model_quantize: failed to quantize: no luck today\n")
+        return subprocess.CompletedProcess(
+            [], 1, "", "llama_model_quantize: failed to quantize: no luck today\n"
+        )
 
     monkeypatch.setattr(quantizer, "run_module", fail)
-    with pytest.raises(OutputError, match=r"f32\.gguf: llama\.cpp could not write it as q4_0 \(no luck today\)"):
+    with pytest.raises(
+        OutputError, match=r"f32\.gguf: llama\.cpp could not write it as q4_0 \(no luck today\)"
+    ):
         requantize(foreign.f32, target, "q4_0")
     assert not list(target.parent.iterdir())
 
@@ -128,7 +151,8 @@ def test_the_source_is_never_written_to(
     foreign: Foreign, split: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(subprocess, "run", no_child)
-    source, link = tmp_path / "a.gguf", tmp_path / "link.gguf"
+    source = tmp_path / "a.gguf"
+    link = tmp_path / "link.gguf"
     source.write_bytes(foreign.f32.read_bytes())
     link.symlink_to(source)
     before = source.read_bytes(), split[1].read_bytes()
@@ -148,10 +172,14 @@ def test_the_source_is_never_written_to(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.gguf", "link.gguf"]
 
 
-def test_a_full_disk_is_seen_before_the_work(foreign: Foreign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_seen_before_the_work(
+    foreign: Foreign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(subprocess, "run", no_child)
     monkeypatch.setattr(shutil, "disk_usage", full_disk)
-    with pytest.raises(OutputError, match=r"x\.gguf: 1\.0 MB are needed, 1\.0 KB are free; choose another folder"):
+    with pytest.raises(
+        OutputError, match=r"x\.gguf: 1\.0 MB are needed, 1\.0 KB are free; choose another folder"
+    ):
         requantize(foreign.f32, tmp_path / "new" / "x.gguf", "q8_0")
     with pytest.raises(OutputError, match="make room"):
         cut_layers(foreign.f32, tmp_path / "new" / "x.gguf", 1)
@@ -173,7 +201,7 @@ def test_what_is_needed_is_what_is_written_at_the_least(
 
 
 def running(target: Path) -> list[str]:
-    """Return the command lines of the processes that have `target`'s draft among their arguments."""
+    """Return the command lines of processes with `target`'s draft among their arguments."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
@@ -193,10 +221,14 @@ def test_ctrl_c_ends_llama_cpps_work_at_once(bundled_gguf: Path, tmp_path: Path)
         "requantize(Path(sys.argv[1]), Path(sys.argv[2]), 'iq4_nl', threads=1)"  # the slowest type
     )
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    parent = subprocess.Popen([sys.executable, "-c", code, bundled_gguf, target], env=env, stderr=subprocess.DEVNULL)
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, bundled_gguf, target], env=env, stderr=subprocess.DEVNULL
+    )
     deadline = time.monotonic() + 60
     while not (running(target) and any(path.stat().st_size for path in tmp_path.iterdir())):
-        assert time.monotonic() < deadline and parent.poll() is None, "it must be at work for a while"
+        assert time.monotonic() < deadline and parent.poll() is None, (
+            "it must be at work for a while"
+        )
         time.sleep(0.01)
     parent.send_signal(signal.SIGINT)
     assert parent.wait(30) != 0
@@ -208,12 +240,18 @@ def split(foreign: Foreign, tmp_path_factory: pytest.TempPathFactory) -> list[Pa
     """The foreign model once more, in shards."""
     folder = tmp_path_factory.mktemp("split")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tiny_llama.gguf.GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=8))
-        tiny_llama.write_gguf(folder / "foreign.gguf", foreign.torch_model, foreign.tokenizer, "foreign")
+        patch.setattr(
+            "tiny_llama.gguf.GGUFWriter", functools.partial(gguf.GGUFWriter, split_max_tensors=8)
+        )
+        tiny_llama.write_gguf(
+            folder / "foreign.gguf", foreign.torch_model, foreign.tokenizer, "foreign"
+        )
     return sorted(folder.glob("*.gguf"))
 
 
-def test_all_layers_are_the_same_model(bundled_gguf: Path, foreign: Foreign, split: list[Path], tmp_path: Path) -> None:
+def test_all_layers_are_the_same_model(
+    bundled_gguf: Path, foreign: Foreign, split: list[Path], tmp_path: Path
+) -> None:
     target = tmp_path / "x.gguf"
     cut_layers(bundled_gguf, target, GGUFFile(bundled_gguf).n_layer)
     assert target.read_bytes() == bundled_gguf.read_bytes()
@@ -224,7 +262,8 @@ def test_all_layers_are_the_same_model(bundled_gguf: Path, foreign: Foreign, spl
 
 
 def test_the_first_layers_are_a_model(bundled_gguf: Path, tmp_path: Path) -> None:
-    source, target = GGUFFile(bundled_gguf), tmp_path / "x.gguf"
+    source = GGUFFile(bundled_gguf)
+    target = tmp_path / "x.gguf"
     cut_layers(bundled_gguf, target, 2)
     file = check_loads(target)
     assert file.n_layer == 2 and file.heads_fingerprint() == source.heads_fingerprint()
@@ -232,7 +271,11 @@ def test_the_first_layers_are_a_model(bundled_gguf: Path, tmp_path: Path) -> Non
     assert list(file.tensors) == [name for name in source.tensors if not name.startswith(cut_off)]
     for name in file.tensors:
         np.testing.assert_array_equal(file.raw(name), source.raw(name))
-    different = {key for key in source.metadata if not np.array_equal(source.metadata[key], file.metadata[key])}
+    different = {
+        key
+        for key in source.metadata
+        if not np.array_equal(source.metadata[key], file.metadata[key])
+    }
     assert different == {"llama.block_count"}
     requantize(target, tmp_path / "y.gguf", "bf16")
     assert check_loads(tmp_path / "y.gguf").n_layer == 2
@@ -249,7 +292,9 @@ def test_one_layer_computes_what_it_does_in_torch(foreign: Foreign, tmp_path: Pa
     assert np.abs(got - logits(foreign.f32)).max() > 1, "the other layer counts"
 
 
-def test_values_per_layer_are_cut_too(foreign: Foreign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_per_layer_are_cut_too(
+    foreign: Foreign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     one = gguf.GGUFWriter.add_head_count_kv
 
     def per_layer(w: gguf.GGUFWriter, n: int) -> None:
@@ -258,18 +303,26 @@ def test_values_per_layer_are_cut_too(foreign: Foreign, tmp_path: Path, monkeypa
         w.add_array("llama.attention.flags", [True, False, True, True])
 
     monkeypatch.setattr(gguf.GGUFWriter, "add_head_count_kv", per_layer)
-    source, target = tmp_path / "source.gguf", tmp_path / "x.gguf"
-    tiny_llama.write_gguf(source, random_llama(replace(FOREIGN, layers=4)), foreign.tokenizer, "arrays")
+    source = tmp_path / "source.gguf"
+    target = tmp_path / "x.gguf"
+    tiny_llama.write_gguf(
+        source, random_llama(replace(FOREIGN, layers=4)), foreign.tokenizer, "arrays"
+    )
     cut_layers(source, target, 3)
     values = check_loads(target).metadata
     assert values["llama.attention.head_count_kv"].tolist() == [FOREIGN.n_kv_heads] * 3
     assert values["llama.attention.flags"].tolist() == [True, False, True]
     assert values["llama.rope.some_sections"].tolist() == [1, 2, 3, 4]
-    kinds = [gguf.GGUFReader(path).fields["llama.attention.head_count_kv"].types for path in (source, target)]
+    kinds = [
+        gguf.GGUFReader(path).fields["llama.attention.head_count_kv"].types
+        for path in (source, target)
+    ]
     assert kinds[0] == kinds[1]
 
 
-def test_a_large_model_is_cut_in_blocks(bundled_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_large_model_is_cut_in_blocks(
+    bundled_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cutting, "_CHUNK", 100_000)
     tracemalloc.start()
     try:
@@ -281,16 +334,26 @@ def test_a_large_model_is_cut_in_blocks(bundled_gguf: Path, tmp_path: Path, monk
     assert (tmp_path / "x.gguf").read_bytes() == bundled_gguf.read_bytes()
 
 
-def test_what_cannot_be_cut(foreign: Foreign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_cut(
+    foreign: Foreign, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for layers in (0, -1, 3):
         with pytest.raises(UsageError, match=rf"^{layers} layers asked for; .* has 1 to 2 to give"):
             cut_layers(foreign.f32, tmp_path / "x.gguf", layers)
-    raw, strange = foreign.f32.read_bytes(), tmp_path / "strange.gguf"
-    for old, new in (("blk.1.attn_q.weight", "enc.1.attn_q.weight"), ("output_norm.weight", "output_what.weight")):
+    raw = foreign.f32.read_bytes()
+    strange = tmp_path / "strange.gguf"
+    for old, new in (
+        ("blk.1.attn_q.weight", "enc.1.attn_q.weight"),
+        ("output_norm.weight", "output_what.weight"),
+    ):
         strange.write_bytes(raw.replace(old.encode(), new.encode()))
-        with pytest.raises(ModelFileError, match=f"llama model cannot be cut off, as it has the tensor {new}"):
+        with pytest.raises(
+            ModelFileError, match=f"llama model cannot be cut off, as it has the tensor {new}"
+        ):
             cut_layers(strange, tmp_path / "x.gguf", 1)
-    monkeypatch.setattr(GGUFFile, "raw", lambda *_: (_ for _ in ()).throw(OSError(5, "input/output error")))
+    monkeypatch.setattr(
+        GGUFFile, "raw", lambda *_: (_ for _ in ()).throw(OSError(5, "input/output error"))
+    )
     with pytest.raises(OutputError, match=r"x\.gguf: cannot be written \(input/output error\)"):
         cut_layers(foreign.f32, tmp_path / "x.gguf", 1)
     assert [path.name for path in tmp_path.iterdir()] == ["strange.gguf"]

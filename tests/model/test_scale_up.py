@@ -1,4 +1,4 @@
-"""The benchmark model: it behaves as the model it was grown from, new tokens are never chosen, heads guess the same."""
+"""The benchmark model: it behaves as the small one, heads guess alike, no new token comes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ import numpy.typing as npt
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import FOREIGN, ROOT, Foreign, random_llama
+from conftest import FOREIGN, Foreign, random_llama
 from tiny_llama import write_gguf
 
-from benchmarks import growth, scale_up
-from benchmarks.growth import Shape, grow, shape_of
-from benchmarks.scale_up import Scaled, build, final_stream, grow_heads
-from config import HEADS_FOLDER
+from benchmarks import scale_up
+from model.base import growth
 from model.base.gguf_file import GGUFFile, requantize
+from model.base.growth import grow
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
+from model.base.llama_shape import Shape, shape_of
 from model.decoding.sampling import Sampler, SamplingParams
-from model.engine import Engine, EngineOptions
 from model.errors import HeadsError, ModelFileError, UsageError
+from model.evaluation import scaled_model
+from model.evaluation.scaled_model import Scaled, build, final_stream, grow_heads
 from model.heads.files import base_facts, load_heads, new_heads, save_heads
 from model.heads.hydra_drafter import drafter_for
+from model.heads.known_heads import HEADS_FOLDER
 from model.heads.medusa import HeadsConfig
-from model.measuring.report import read_prompts
-from model.training.documents import standard_library
+from model.loaded_model import LoadedModel, LoadOptions
+from model.planning.prompt_files import TRIAL, read_prompt_file
+from model.training.data.standard_library import standard_library
 from model.trees.tree import Tree
 
 Float32Array = npt.NDArray[np.float32]
@@ -40,7 +43,7 @@ VOCAB = 4096  # of the bundled model
 BOUND = 1e-3  # of the logits in F32; 1e-5 is what they differ by
 HEADS = HEADS_FOLDER / "tiny-python"
 PLACES = growth.places
-PROMPTS = read_prompts(ROOT / "benchmarks" / "prompts" / "trial.jsonl")[:3]
+PROMPTS = read_prompt_file(TRIAL)[:3]
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,15 @@ def grown(bundled_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Grown
     requantize(bundled_gguf, folder / "base.gguf", "F32")
     base = GGUFFile(folder / "base.gguf")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(scale_up.SHAPES, "small", SMALL)
+        patch.setitem(scaled_model.SHAPES, "small", SMALL)
         scaled = build("small", "F32", base=base.path, heads=HEADS, out=folder)
     return Grown(base, random_logits(base.path, VOCAB), final_stream(base), scaled)
 
 
 def open_context(model: LlamaModel) -> LlamaBase:
-    return LlamaBase(model, n_ctx=512, n_threads=1, embeddings=True, flash_attn=False, kv_type="f32")
+    return LlamaBase(
+        model, n_ctx=512, n_threads=1, embeddings=True, flash_attn=False, kv_type="f32"
+    )
 
 
 def outputs(path: Path, tokens: npt.NDArray[np.int32]) -> tuple[Float32Array, Float32Array]:
@@ -119,14 +124,23 @@ def test_texts_are_equal(grown: Grown) -> None:
 def test_logits_are_equal_and_new_tokens_never_chosen(grown: Grown) -> None:
     assert np.abs(random_logits(grown.scaled.model, VOCAB) - grown.logits).max() < BOUND
     tokens = text_tokens(grown.base.path)
-    (ours, states), (logits, wide) = outputs(grown.base.path, tokens), outputs(grown.scaled.model, tokens)
+    (ours, states), (logits, wide) = (
+        outputs(grown.base.path, tokens),
+        outputs(grown.scaled.model, tokens),
+    )
     assert logits.shape == (len(tokens), SMALL.vocab) and wide.shape == (len(tokens), SMALL.dim)
     assert np.abs(logits[:, :VOCAB] - ours).max() < BOUND
     assert np.abs(wide[:, : grown.base.n_embd] - states).max() < BOUND
-    assert not wide[:, grown.base.n_embd : -1].any() and 0.3 < wide[:, -1].min() <= wide[:, -1].max() < 3
+    assert (
+        not wide[:, grown.base.n_embd : -1].any()
+        and 0.3 < wide[:, -1].min() <= wide[:, -1].max() < 3
+    )
     assert logits[:, VOCAB:].max() < -30 and filler_share(logits) < 1e-9
-    sampler = Sampler(SamplingParams(0.8, seed=1))
-    chosen = [(sampler.choose(a, i), sampler.choose(b, i)) for i, (a, b) in enumerate(zip(ours, logits, strict=True))]
+    sampler = Sampler(SamplingParams(temperature=0.8, seed=1))
+    chosen = [
+        (sampler.choose(a, i), sampler.choose(b, i))
+        for i, (a, b) in enumerate(zip(ours, logits, strict=True))
+    ]
     assert np.mean([a == b for a, b in chosen]) > 0.99 and max(b for _, b in chosen) < VOCAB
 
 
@@ -135,23 +149,34 @@ def test_logits_are_equal_and_new_tokens_never_chosen(grown: Grown) -> None:
     [
         ("norm_factor", lambda small, large: 1.0),
         ("query_factor", lambda small, large: 1.0),
-        ("grown_epsilon", lambda small, large, eps: eps * small.dim / large.dim),  # the constant not compensated for
+        (
+            "grown_epsilon",
+            lambda small, large, eps: eps * small.dim / large.dim,
+        ),  # the constant not compensated for
         ("spare_constant", lambda small, eps: 0.5),
         ("places", lambda small, large: PLACES(small, replace(large, kv_heads=large.heads))),
     ],
 )
 def test_wrong_growth_is_noticed(
-    name: str, wrong: Callable[..., Any], grown: Grown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    wrong: Callable[..., Any],
+    grown: Grown,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Negative control: each factor is needed for the logits to be equal."""
     if name == "spare_constant":  # in the file alone, not in the norms
-        monkeypatch.setattr(growth, "grown_epsilon", lambda small, large, eps: 1e-5 * small.dim / large.dim / 2)
+        monkeypatch.setattr(
+            growth, "grown_epsilon", lambda small, large, eps: 1e-5 * small.dim / large.dim / 2
+        )
     monkeypatch.setattr(growth, name, wrong)
     grow(grown.base, SMALL, tmp_path / "wrong.gguf", name="wrong", stream=grown.stream, f32=True)
     assert np.abs(random_logits(tmp_path / "wrong.gguf", VOCAB) - grown.logits).max() > 5 * BOUND
 
 
-def test_weak_fillers_are_noticed(grown: Grown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weak_fillers_are_noticed(
+    grown: Grown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Negative control: with logits near −1 the new tokens would be chosen."""
     monkeypatch.setattr(growth, "FILLER_WEIGHT", -1.0)
     grow(grown.base, SMALL, tmp_path / "weak.gguf", name="weak", stream=grown.stream, f32=True)
@@ -159,9 +184,10 @@ def test_weak_fillers_are_noticed(grown: Grown, tmp_path: Path, monkeypatch: pyt
 
 
 def test_foreign_models_grow_too(foreign: Foreign, tmp_path: Path) -> None:
-    """Grouped-query attention with three queries to a key, and an LM head tied to the embeddings."""
+    """Grouped-query attention with three queries to a key; an LM head tied to the embeddings."""
     for tied in (False, True):
-        path, large = tmp_path / f"{tied}.gguf", Shape(256, 3, 16, 4, 32, 384, 1500)
+        path = tmp_path / f"{tied}.gguf"
+        large = Shape(dim=256, layers=3, heads=16, kv_heads=4, head_dim=32, ffn=384, vocab=1500)
         write_gguf(path, random_llama(replace(FOREIGN, tied=tied)), foreign.tokenizer, "foreign")
         base = GGUFFile(path)
         grow(base, large, tmp_path / "large.gguf", name="x", stream=final_stream(base), f32=True)
@@ -172,7 +198,7 @@ def test_foreign_models_grow_too(foreign: Foreign, tmp_path: Path) -> None:
 def test_texts_become_the_same_tokens(grown: Grown) -> None:
     base, large = LlamaModel(grown.base.path), LlamaModel(grown.scaled.model)
     files = islice(standard_library(held=True), 5)
-    lines = [line for file in files for line in file.text.split("\n") if line.strip()]
+    lines = [line for _, text in files for line in text.split("\n") if line.strip()]
     lines = [
         *lines[:200],
         "filler 4096",
@@ -192,10 +218,16 @@ def test_texts_become_the_same_tokens(grown: Grown) -> None:
     large.close()
 
 
-def ranked(path: Path, file: GGUFFile, states: Float32Array, dtype: Any = "f32") -> npt.NDArray[np.int32]:
+def ranked(
+    path: Path, file: GGUFFile, states: Float32Array, dtype: Any = "f32"
+) -> npt.NDArray[np.int32]:
     heads = load_heads(path, file)[0]
     drafter = drafter_for(heads, n_heads=heads.config.k_heads, ranks=10, dtype=dtype)
-    behind = np.random.default_rng(0).integers(0, VOCAB, (len(states), heads.config.k_heads)).astype(np.int32)
+    behind = (
+        np.random.default_rng(0)
+        .integers(0, VOCAB, (len(states), heads.config.k_heads))
+        .astype(np.int32)
+    )
     return drafter.rank(states, behind)[0]
 
 
@@ -204,11 +236,15 @@ def test_grown_heads_guess_the_same(grown: Grown) -> None:
     file, tokens = GGUFFile(grown.scaled.model), text_tokens(grown.base.path)
     states, wide = outputs(grown.base.path, tokens)[1], outputs(grown.scaled.model, tokens)[1]
     ours, theirs = ranked(HEADS, grown.base, states), ranked(grown.scaled.heads, file, wide)
-    assert len(np.unique(ours)) > 100 and np.mean(ours == theirs) > 0.999  # near-ties may change places
+    assert (
+        len(np.unique(ours)) > 100 and np.mean(ours == theirs) > 0.999
+    )  # near-ties may change places
     assert ranked(grown.scaled.heads, file, wide, "int8").max() < VOCAB
     (heads, facts), known = load_heads(grown.scaled.heads, file), load_heads(HEADS, grown.base)[1]
     assert heads.weight.shape[2:] == (SMALL.dim, SMALL.dim)
-    assert facts["rank_accuracies"] == known["rank_accuracies"] and facts["base_name"] == "base-small"
+    assert (
+        facts["rank_accuracies"] == known["rank_accuracies"] and facts["base_name"] == "base-small"
+    )
     assert np.array_equal(facts["token_counts"][:VOCAB], known["token_counts"])
     assert not facts["token_counts"][VOCAB:].any()
 
@@ -223,7 +259,15 @@ def test_deep_heads_grow_and_own_lm_heads_are_refused(
     wide = torch.cat([states, torch.zeros(20, SMALL.dim - 321), torch.ones(20, 1)], 1)
     tokens = torch.randint(VOCAB, (20, 2))
     for lm_head in ("tied", "own"):
-        config = HeadsConfig(2, 320, VOCAB, 2, hidden_dim, lm_head, head_type)
+        config = HeadsConfig(
+            k_heads=2,
+            dim=320,
+            vocab=VOCAB,
+            head_layers=2,
+            hidden_dim=hidden_dim,
+            lm_head=lm_head,
+            head_type=head_type,
+        )
         heads = new_heads(config, grown.base).requires_grad_(False)
         for parameter in heads.parameters():
             parameter.normal_(std=0.05)
@@ -239,22 +283,34 @@ def test_deep_heads_grow_and_own_lm_heads_are_refused(
             assert found[..., VOCAB:].max() < -200
 
 
-def test_quantized_it_drafts_and_is_built_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scale_up.SHAPES, "small", replace(SMALL, layers=6, vocab=4224))
+def test_quantized_it_drafts_and_is_built_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(scaled_model.SHAPES, "small", replace(SMALL, layers=6, vocab=4224))
     scaled = build("small", "Q4_0", "Q4_0", out=tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {scaled.model.name, scaled.model.stem + ".heads"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        scaled.model.name,
+        scaled.model.stem + ".heads",
+    }
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(scaled.model).tensors}
     assert kinds["output.weight"] == kinds["blk.5.ffn_down.weight"] == "Q4_0"
-    engine = Engine(scaled.model, EngineOptions(1, 512), scaled.heads, HEADS_FOLDER)  # loads it in a child first
-    engine.heads  # noqa: B018  (checks the LM head)
-    with engine.decoder(Tree.chain(3)) as decoder, engine.decoder() as plain:
-        request = engine.request(PROMPTS[0][-500:], 48)
-        drafted, alone = decoder.start(request), plain.start(request)
-        text = "".join(drafted)
-        assert "".join(alone) == text != "" and max(drafted.tokens) < VOCAB
-        assert drafted.slot.stats.steps < 0.95 * len(drafted.tokens)
+    # Loads it in a child first.
+    options = LoadOptions(n_threads=1, context_size=512)
+    loaded = LoadedModel(scaled.model, options, heads_path=scaled.heads)
+    loaded.heads  # noqa: B018  (checks the LM head)
+    with loaded.fixed_decoder(Tree.chain(3)) as decoder, loaded.fixed_decoder() as plain:
+        request = loaded.request(PROMPTS[0][-500:], 48, SamplingParams())
+        drafted = decoder.run(request)
+        text = drafted.take_output().text
+        assert plain.run(request).take_output().text == text != ""
+        assert max(drafted.new_tokens) < VOCAB
+        assert drafted.statistics.steps < 0.95 * drafted.n_new
+    loaded.close()
     written = scaled.model.stat().st_mtime_ns
-    assert build("small", "Q4_0", "Q4_0", out=tmp_path) == scaled and scaled.model.stat().st_mtime_ns == written
+    assert (
+        build("small", "Q4_0", "Q4_0", out=tmp_path) == scaled
+        and scaled.model.stat().st_mtime_ns == written
+    )
     monkeypatch.setattr(growth, "VERSION", -1)
     build("small", "Q4_0", "Q4_0", out=tmp_path)
     assert scaled.model.stat().st_mtime_ns > written
@@ -282,18 +338,33 @@ def test_bad_input_is_one_clear_line(tmp_path: Path) -> None:
         tmp_path / "missing.gguf": "no such file",
         tmp_path / "text.gguf": "not a GGUF file",
         write_other(tmp_path / "gpt2.gguf", "gpt2"): "'gpt2'",
-        write_other(tmp_path / "scaled.gguf", "llama", "llama.rope.scaling.factor"): "llama.rope.scaling.factor",
+        write_other(
+            tmp_path / "scaled.gguf", "llama", "llama.rope.scaling.factor"
+        ): "llama.rope.scaling.factor",
         write_other(tmp_path / "empty.gguf", "llama"): "epsilon",
     }
     for path, said in cases.items():
-        done = CliRunner().invoke(scale_up.main, ["--base", str(path), "--out", str(tmp_path / "out")])
+        done = CliRunner().invoke(
+            scale_up.main, ["--base", str(path), "--out", str(tmp_path / "out")]
+        )
         assert done.exit_code == 2 and said in done.stderr and path.name in done.stderr, done.output
-        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+        assert (
+            done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and not done.stdout
+        )
     assert not (tmp_path / "out").exists()
 
 
-def test_what_has_no_room_or_strange_tensors_is_refused(grown: Grown, foreign: Foreign, tmp_path: Path) -> None:
-    for change in ({"dim": 320}, {"layers": 5}, {"kv_heads": 4}, {"ffn": 512}, {"vocab": 4000}, {"head_dim": 32}):
+def test_what_has_no_room_or_strange_tensors_is_refused(
+    grown: Grown, foreign: Foreign, tmp_path: Path
+) -> None:
+    for change in (
+        {"dim": 320},
+        {"layers": 5},
+        {"kv_heads": 4},
+        {"ffn": 512},
+        {"vocab": 4000},
+        {"head_dim": 32},
+    ):
         with pytest.raises(UsageError, match="no room"):
             grow(grown.base, replace(SMALL, **change), tmp_path / "x.gguf", name="x", stream=1.0)
     base = GGUFFile(foreign.f32)

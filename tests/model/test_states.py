@@ -25,14 +25,18 @@ import torch
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.errors import ContextError, DataError, OutputError
-from model.training import extraction
-from model.training.extraction import StreamedStates, decode_states, open_base, pack
+from model.training.data.samples import Sample
 from model.training.ranks import Ranks
-from model.training.shards import to_float8
-from model.training.states import CachedStates, CacheKey, cached_states
-from model.training.text import Sample
+from model.training.states import streamed_states
+from model.training.states.cached_states import CachedStates, cached_states
+from model.training.states.extraction import decode_states, open_base, pack
+from model.training.states.manifest import CacheKey
+from model.training.states.shards import to_float8
+from model.training.states.streamed_states import StreamedStates
 
-KEY = CacheKey("base", "tokenizer", "data", 64, "fp16")
+KEY = CacheKey(
+    base_fingerprint="base", tokenizer="tokenizer", data_sha256="data", max_length=64, dtype="fp16"
+)
 LENGTHS = [5, 64, 1, 37, 64, 3, 3, 20, 64, 11]
 
 
@@ -54,9 +58,13 @@ class FakeBase:
         self.lengths: dict[int, int] = {}
         self.decoded = 0
 
-    def decode(self, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, *, outputs: bool | None = None) -> None:
+    def decode(
+        self, tokens: np.ndarray, pos: np.ndarray, seq: np.ndarray, *, outputs: bool | None = None
+    ) -> None:
         for p, s in zip(pos.tolist(), seq.tolist(), strict=True):
-            assert self.lengths.get(s, 0) == p, "a position is missing in the cache, or another sample's is there"
+            assert self.lengths.get(s, 0) == p, (
+                "a position is missing in the cache, or another sample's is there"
+            )
             self.lengths[s] = p + 1
         self.rows = np.outer(tokens + 0.001 * pos, np.arange(self.dim)).astype(np.float32)
         for token, value in self.poison.items():
@@ -110,7 +118,12 @@ def test_cached_states_are_the_models_own(model: LlamaModel, tmp_path: Path, dty
     samples = make(LENGTHS)
     key = replace(KEY, dtype=dtype)
     kept = cached_states(
-        lambda: open_base(model, 64, 1), model.n_embd, samples, tmp_path / "c", key, shard_bytes=40_000
+        lambda: open_base(model, 64, 1),
+        model.n_embd,
+        samples,
+        tmp_path / "c",
+        key,
+        shard_bytes=40_000,
     )
     order = [3, 0, 8, 2, 9, 1, 4, 5, 6, 7]
     bound = {"fp16": 2e-3, "fp8": 0.07}[dtype]
@@ -134,7 +147,7 @@ def test_streamed_states_equal_cached_ones_and_start_anywhere(model: LlamaModel)
         late = [s for s in streamed.read(order, since=11) if s is not None]
     assert [len(s) for s in whole] == [len(samples[i].tokens) for i in order]
     assert all(torch.equal(a, b) for a, b in zip(whole[11:], late, strict=True))
-    assert extraction.STREAM_GROUP < 11, "the border between groups must not be where the test starts"
+    assert streamed_states.GROUP < 11, "the border between groups must not be where the test starts"
 
 
 @pytest.mark.parametrize("scale", [1.0, 1e-6, 1e6])
@@ -146,7 +159,12 @@ def test_fp8_error_is_bounded(scale: float) -> None:
     wanted = torch.from_numpy(rows)
     assert bool(torch.isfinite(back).all())
     assert torch.equal(back[7], wanted[7])
-    assert bool(((back - wanted).abs() <= torch.maximum(wanted.abs() / 16, scales[:, None] * 2**-10) * 1.0001).all())
+    assert bool(
+        (
+            (back - wanted).abs()
+            <= torch.maximum(wanted.abs() / 16, scales[:, None] * 2**-10) * 1.0001
+        ).all()
+    )
     assert bool(((back - wanted).abs().amax(1)[:7] > 0).all())
 
 
@@ -167,18 +185,26 @@ def test_two_processes_fill_one_cache(tmp_path: Path) -> None:
     samples, bases = make(LENGTHS * 4), (FakeBase(), FakeBase())
 
     def extract(folder: Path, rank: int, ranks: Ranks) -> CachedStates:
-        return cached_states(lambda: bases[rank], FakeBase.dim, samples, folder, KEY, shard_bytes=2000, ranks=ranks)
+        return cached_states(
+            lambda: bases[rank], FakeBase.dim, samples, folder, KEY, shard_bytes=2000, ranks=ranks
+        )
 
     alone = extract(tmp_path / "alone", 0, Ranks())
     decoded = bases[0].decoded
     with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda rank: extract(tmp_path / "both", rank, Pair(rank, 2)), range(2)))
+        both = list(
+            pool.map(lambda rank: extract(tmp_path / "both", rank, Pair(rank, 2)), range(2))
+        )
     assert bases[0].decoded + bases[1].decoded == 2 * decoded, "nothing was decoded twice"
     assert 0.3 < bases[1].decoded / decoded < 0.7
     order = range(len(samples))
     for wanted, *found in zip(alone.read(order), *(kept.read(order) for kept in both), strict=True):
-        assert wanted is not None and all(states is not None and torch.equal(states, wanted) for states in found)
-    manifests = [json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("alone", "both")]
+        assert wanted is not None and all(
+            states is not None and torch.equal(states, wanted) for states in found
+        )
+    manifests = [
+        json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("alone", "both")
+    ]
     assert manifests[0] == manifests[1]
 
 
@@ -187,7 +213,13 @@ def test_a_cache_that_others_do_not_see_is_refused(tmp_path: Path) -> None:
 
     def extract(rank: int) -> CachedStates:
         return cached_states(
-            FakeBase, FakeBase.dim, samples, tmp_path / str(rank), KEY, shard_bytes=2000, ranks=Pair(rank, 2)
+            FakeBase,
+            FakeBase.dim,
+            samples,
+            tmp_path / str(rank),
+            KEY,
+            shard_bytes=2000,
+            ranks=Pair(rank, 2),
         )
 
     (tmp_path / "1").mkdir()  # a folder of the same name on another machine
@@ -198,15 +230,15 @@ def test_a_cache_that_others_do_not_see_is_refused(tmp_path: Path) -> None:
 
 
 def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
-    """SIGKILL in the middle; afterwards finished shards are kept and all bytes equal an uninterrupted run's."""
+    """SIGKILL in the middle: finished shards are kept, all bytes equal an uninterrupted run's."""
     code = textwrap.dedent(
         f"""
         import sys, time
         sys.path[:0] = {[str(Path(__file__).parents[n]) for n in (0, 1, 2)]!r}
         from test_states import KEY, make, LENGTHS
         from model.base.llama_model import LlamaModel
-        from model.training import states
-        from model.training.extraction import open_base, decode_states
+        from model.training.states import cached_states as states
+        from model.training.states.extraction import open_base, decode_states
         def slowly(base, samples):
             for block in decode_states(base, samples):
                 time.sleep(0.4)
@@ -223,11 +255,15 @@ def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
     samples = make(LENGTHS * 20)
 
     def extract(folder: Path) -> None:
-        cached_states(lambda: open_base(model, 64, 1), model.n_embd, samples, folder, KEY, shard_bytes=60_000)
+        cached_states(
+            lambda: open_base(model, 64, 1), model.n_embd, samples, folder, KEY, shard_bytes=60_000
+        )
 
     folder = tmp_path / "killed"
     child = subprocess.Popen(
-        [sys.executable, "-c", code, str(folder)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        [sys.executable, "-c", code, str(folder)],
+        stderr=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
     while len(list(folder.glob("*.safetensors"))) < 2:
@@ -238,7 +274,9 @@ def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
         extract(folder)
     child.send_signal(signal.SIGKILL)
     child.wait()
-    (folder / f".manifest.json.{child.pid}").write_bytes(b"{")  # as a kill in the middle of writing leaves it
+    (folder / f".manifest.json.{child.pid}").write_bytes(
+        b"{"
+    )  # as a kill in the middle of writing leaves it
     finished = json.loads((folder / "manifest.json").read_text())["shards"]
     before = {s["file"]: (folder / s["file"]).stat().st_mtime_ns for s in finished}
     extract(folder)
@@ -249,7 +287,9 @@ def test_killed_while_extracting(foreign_gguf: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in folder.iterdir()) == files
     for name in files:
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    assert all((folder / name).stat().st_mtime_ns == at for name, at in before.items()), "a finished shard was redone"
+    assert all((folder / name).stat().st_mtime_ns == at for name, at in before.items()), (
+        "a finished shard was redone"
+    )
 
 
 def test_a_damaged_shard_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,9 +318,13 @@ def test_bad_states_name_the_sample_and_are_left_out(
 ) -> None:
     samples = make(LENGTHS)
     samples[3].tokens[10] = 7777
-    kept = cached_states(lambda: FakeBase({7777: value}), 6, samples, tmp_path, KEY, shard_bytes=1000)
+    kept = cached_states(
+        lambda: FakeBase({7777: value}), 6, samples, tmp_path, KEY, shard_bytes=1000
+    )
     assert "text3" in capsys.readouterr().err
-    again = cached_states(FakeBase, 6, samples, tmp_path, KEY, shard_bytes=1000)  # remembered, not decoded again
+    again = cached_states(
+        FakeBase, 6, samples, tmp_path, KEY, shard_bytes=1000
+    )  # remembered, not decoded again
     for source in (kept, again):
         found = list(source.read(range(len(samples))))
         assert [i for i, s in enumerate(found) if s is None] == [3]
@@ -296,7 +340,9 @@ def test_bad_states_are_left_out_of_a_stream(capsys: pytest.CaptureFixture[str])
 
 
 def threads() -> set[threading.Thread]:
-    return {thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")}
+    return {
+        thread for thread in threading.enumerate() if thread.name.startswith("ThreadPoolExecutor")
+    }
 
 
 def test_a_stream_runs_ahead_of_its_reader_by_a_few_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,8 +350,8 @@ def test_a_stream_runs_ahead_of_its_reader_by_a_few_groups(monkeypatch: pytest.M
     with closing(StreamedStates(base, samples)) as streamed:
         reader = streamed.read(range(100))
         next(reader)
-        most = (extraction.AHEAD + 1) * extraction.STREAM_GROUP * 5
-        assert extraction.AHEAD >= 1
+        most = (streamed_states.AHEAD + 1) * streamed_states.GROUP * 5
+        assert streamed_states.AHEAD >= 1
         deadline = time.monotonic() + 30
         while base.decoded < most and time.monotonic() < deadline:  # without being asked for more
             time.sleep(0.001)
@@ -347,7 +393,10 @@ def test_an_error_while_streaming_reaches_the_reader() -> None:
             super().decode(*arguments, **more)
 
     before = threads()
-    with closing(StreamedStates(Full(), make([5] * 300))) as streamed, pytest.raises(ContextError, match="no room"):
+    with (
+        closing(StreamedStates(Full(), make([5] * 300))) as streamed,
+        pytest.raises(ContextError, match="no room"),
+    ):
         list(streamed.read(range(300)))
     assert not threads() - before
 
@@ -368,7 +417,7 @@ def test_too_little_room_is_seen_before_anything_is_made(
     with pytest.raises(OutputError, match="--cache_dtype fp8"):
         cached_states(FakeBase, 6, make(LENGTHS), tmp_path / "c", KEY)
     assert not (tmp_path / "c").exists()
-    assert "states take" in capsys.readouterr().out
+    assert "states need" in capsys.readouterr().out
 
 
 def test_an_unwritable_folder(tmp_path: Path) -> None:
@@ -378,10 +427,10 @@ def test_an_unwritable_folder(tmp_path: Path) -> None:
 
 
 def test_the_lock_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
-    (tmp_path / "lock").write_text("999999")
+    (tmp_path / "lock.pid").write_text("999999")
     (tmp_path / ".states-00000.safetensors.999999").write_text("half a sh")
     assert isinstance(cached_states(FakeBase, 6, make(LENGTHS), tmp_path, KEY), CachedStates)
-    assert os.path.getsize(tmp_path / "lock") == 0
+    assert not (tmp_path / "lock.pid").exists()
     assert not list(tmp_path.glob(".states-*"))
 
 

@@ -13,38 +13,61 @@ from tiny_llama import TinyLlama
 
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
-from model.training.documents import standard_library
+from model.training.data.standard_library import standard_library
 
 ODD = [
-    " ", "\t", "  x", "x  ", "\t\tif  a :  b", "é", "日本語のコメント", "🎉 emoji 👩‍💻", "naïve — “quotes” …",
-    "\u00a0\u200b", "<s>", "</s> <unk>", "<0x0A>", "▁x ▁ y", "0123456789", "\x01\x1f\x7f", "Ω≈ç√∫˜µ≤≥÷",
-    "a" * 300, "=" * 200, "x = " + "(" * 50,
-]  # fmt: skip
+    " ",
+    "\t",
+    "  x",
+    "x  ",
+    "\t\tif  a :  b",
+    "é",
+    "日本語のコメント",
+    "🎉 emoji 👩‍💻",
+    "naïve — “quotes” …",
+    "\u00a0\u200b",
+    "<s>",
+    "</s> <unk>",
+    "<0x0A>",
+    "▁x ▁ y",
+    "0123456789",
+    "\x01\x1f\x7f",
+    "Ω≈ç√∫˜µ≤≥÷",
+    "a" * 300,
+    "=" * 200,
+    "x = " + "(" * 50,
+]
 
 
 @pytest.fixture(scope="module")
 def lines() -> list[str]:
     """1,000 different lines of held-out files, and odd ones."""
     files = standard_library(held=True)
-    held = {line: None for file in files for line in file.text.split("\n") if line.strip()}
+    held = {line: None for _, text in files for line in text.split("\n") if line.strip()}
     found = [*ODD, *held][:1000]
     assert len(found) == 1000
     return found
 
 
-def partings(model: LlamaModel, tokenizer: spm.SentencePieceProcessor, texts: list[str]) -> list[str]:
-    """Return the texts that llama.cpp and SentencePiece turn into different ids, or that don't come back whole."""
+def partings(
+    model: LlamaModel, tokenizer: spm.SentencePieceProcessor, texts: list[str]
+) -> list[str]:
+    """Return the texts that become different ids by llama.cpp and SentencePiece, or change."""
     assert model.n_vocab == tokenizer.vocab_size()
     bad = []
     for text in texts:
         ids = model.tokenize(text, add_bos=False)
-        if ids.tolist() != tokenizer.encode(text) or model.detokenize(ids) != text.replace("▁", " "):
+        if ids.tolist() != tokenizer.encode(text) or model.detokenize(ids) != text.replace(
+            "▁", " "
+        ):
             bad.append(text)
     return bad
 
 
 def test_bundled_tokenizer_is_sentencepiece(bundled_gguf: Path, lines: list[str]) -> None:
-    tokenizer = spm.SentencePieceProcessor(model_file=str(ROOT / "models" / "tiny-python.tokenizer.model"))
+    tokenizer = spm.SentencePieceProcessor(
+        model_file=str(ROOT / "models" / "tiny-python.tokenizer.model")
+    )
     model = LlamaModel(bundled_gguf)
     assert partings(model, tokenizer, lines) == []
     assert partings(model, tokenizer, ["\n".join(lines)]) == []
@@ -57,10 +80,15 @@ def test_foreign_tokenizer_is_sentencepiece(foreign: Foreign, lines: list[str]) 
     model.close()
 
 
-def test_another_tokenizer_is_noticed(foreign: Foreign, bundled_gguf: Path, lines: list[str]) -> None:
+def test_another_tokenizer_is_noticed(
+    foreign: Foreign, bundled_gguf: Path, lines: list[str]
+) -> None:
     """Negative control: the bundled model's ids for these lines are not the foreign tokenizer's."""
     model = LlamaModel(bundled_gguf)
-    same = sum(model.tokenize(line, add_bos=False).tolist() == foreign.tokenizer.encode(line) for line in lines)
+    same = sum(
+        model.tokenize(line, add_bos=False).tolist() == foreign.tokenizer.encode(line)
+        for line in lines
+    )
     assert same < 100
     model.close()
 

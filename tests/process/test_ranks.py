@@ -1,4 +1,4 @@
-"""One run in two processes: the same losses as in one, and nothing is lost when one of them is killed."""
+"""One run in two processes: the same losses as in one; nothing is lost when one is killed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,18 @@ def text(tmp_path: Path) -> Path:
 
 def options(gguf: Path, text: Path, folder: Path, *more: str) -> list[str]:
     places = ["--output_dir", str(folder / "out"), "--cache_dir", str(folder / "cache")]
-    sizes = ["--k_heads", "2", "--max_length", "64", "--batch_size", "2", "--max_tokens", "3000", "--device", "cpu"]
+    sizes = [
+        "--k_heads",
+        "2",
+        "--max_length",
+        "64",
+        "--batch_size",
+        "2",
+        "--max_tokens",
+        "3000",
+        "--device",
+        "cpu",
+    ]
     return ["--base_model_path", str(gguf), "--dataset_name", str(text), *places, *sizes, *more]
 
 
@@ -40,8 +51,11 @@ def torchrun(arguments: list[str]) -> subprocess.Popen[str]:
     run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen(
         [*run, str(ROOT / "model" / "train_medusa.py"), *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ, "N_THREADS": "2"},
-    )  # fmt: skip
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "N_THREADS": "2"},
+    )
 
 
 def losses(folder: Path) -> list[tuple[str, int, float]]:
@@ -67,7 +81,8 @@ def test_two_processes_learn_what_one_does(
         assert b == pytest.approx(a, rel=1e-4)
     assert wanted[0][2] != pytest.approx(wanted[-1][2], rel=1e-2), "something was learnt"
     heads = [
-        load_file(tmp_path / run / "out/medusa_heads_latest/medusa_lm_head.safetensors") for run in ("alone", "both")
+        load_file(tmp_path / run / "out/medusa_heads_latest/medusa_lm_head.safetensors")
+        for run in ("alone", "both")
     ]
     for name, tensor in heads[0].items():
         assert torch.allclose(tensor.float(), heads[1][name].float(), atol=1e-4), name
@@ -95,12 +110,16 @@ def test_a_killed_process_ends_the_run_and_loses_nothing(
     os.kill(workers(run.pid)["0"], signal.SIGKILL)  # the one that writes
     _, errors = run.communicate(timeout=100)
     assert run.returncode != 0
-    assert "error: a process of this run failed" in errors and "go on with --resume_from" in errors, errors
+    assert (
+        "error: a process of this run failed" in errors and "go on with --resume_from" in errors
+    ), errors
     saved = read_run(tmp_path / "out")
     done = json.loads(metrics.read_text().splitlines()[-1])["step"]
     assert saved["progress"]["step"] >= done - 10
     monkeypatch.setenv("N_THREADS", "1")
-    again = CliRunner().invoke(main, ["--resume_from", str(tmp_path / "out")], catch_exceptions=False)
+    again = CliRunner().invoke(
+        main, ["--resume_from", str(tmp_path / "out")], catch_exceptions=False
+    )
     assert again.exit_code == 0, again.output
     steps = [step for kind, step, _ in losses(tmp_path) if kind == "validation"]
     assert len(steps) == 10 and len(set(steps)) == 10, "no epoch is missing, none was made twice"
@@ -109,7 +128,12 @@ def test_a_killed_process_ends_the_run_and_loses_nothing(
 def test_what_torchrun_says_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
-    assert ranks_asked_for() == ALONE and ALONE.first and ALONE.gather([1]) == [[1]] and not ALONE.any(False)
+    assert (
+        ranks_asked_for() == ALONE
+        and ALONE.first
+        and ALONE.gather([1]) == [[1]]
+        and not ALONE.any(False)
+    )
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(UsageError, match="use torchrun"):
         ranks_asked_for()

@@ -1,9 +1,10 @@
-"""The file of answers: what it holds, what a kill leaves, who may write, what training makes of it."""
+"""The file of answers: its contents, what a kill leaves, who may write, how training reads it."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,22 +14,27 @@ from fake_vocabulary import Bytes
 
 from model.base.chat import ChatTemplate
 from model.errors import DataError, OutputError
-from model.training.answers import Answer, AnswerFile
-from model.training.documents import read_documents
-from model.training.text import make_samples
+from model.training.data.documents import read_documents
+from model.training.data.samples import make_samples
+from model.training.distillation.answers import AnswerFile, DistilledAnswer
 
 FACTS = {"base_name": "one", "base_fingerprint": "f" * 64, "heads_fingerprint": "0123456789abcdef"}
 IDENTITY: dict[str, Any] = {"base model": "one", "--temperature": (0.0, 0.7), "--seed": 0}
 
 
-def answer(key: str, temperature: float = 0.0, reason: str = "stop", said: bytes = b"four.") -> Answer:
+def answer(
+    key: str, temperature: float = 0.0, reason: str = "stop", said: bytes = b"four."
+) -> DistilledAnswer:
     talk = [{"from": "human", "value": "What is 2 + 2?"}, {"from": "gpt", "value": said.decode()}]
-    return Answer(key, talk, [1, *b"2 + 2: ", *said, 2], [(8, 9 + len(said))], temperature, reason)
+    return DistilledAnswer(
+        id=key, conversations=talk, tokens=[1, *b"2 + 2: ", *said, 2],
+        spans=[(8, 9 + len(said))], temperature=temperature, finish_reason=reason,
+    )  # fmt: skip
 
 
-def write(path: Path, *answers: Answer, **changed: Any) -> set[str]:
+def write(path: Path, *answers: DistilledAnswer, **changed: Any) -> set[str]:
     """Add answers; return the ids that were there before."""
-    with AnswerFile(path, FACTS, {**IDENTITY, **changed}) as file:
+    with AnswerFile(path=path, facts=FACTS, identity={**IDENTITY, **changed}) as file:
         done = set(file.done)
         for one in answers:
             file.add(one)
@@ -49,15 +55,18 @@ def test_a_run_goes_on_and_counts_what_is_there(tmp_path: Path) -> None:
     path = tmp_path / "new folder" / "a.jsonl"
     assert write(path, answer("a"), answer("b", 0.7, "loop", b"ab" * 20)) == set()
     assert write(path, answer("c")) == {"a", "b"}
-    with AnswerFile(path, FACTS, IDENTITY) as file:
+    with AnswerFile(path=path, facts=FACTS, identity=IDENTITY) as file:
         assert file.done == {"a", "b", "c"}
-        cold, warm = file.by_temperature[0.0], file.by_temperature[0.7]
+        cold = file.by_temperature[0.0]
+        warm = file.by_temperature[0.7]
         assert (cold.answers, cold.tokens, cold.grams, cold.loops) == (2, 12, 0, 0)
         assert (warm.answers, warm.tokens, warm.grams, warm.loops) == (1, 41, 34, 1)
         assert warm.share_repeated == 31 / 34
 
 
-@pytest.mark.parametrize("torn", [b'{"id": "c", "conv', b"{", json.dumps({"id": "c"}).encode(), b"\xff\xfe\n"])
+@pytest.mark.parametrize(
+    "torn", [b'{"id": "c", "conv', b"{", json.dumps({"id": "c"}).encode(), b"\xff\xfe\n"]
+)
 def test_a_torn_last_line_goes(tmp_path: Path, torn: bytes) -> None:
     path = tmp_path / "a.jsonl"
     write(path, answer("a"), answer("b"))
@@ -95,7 +104,7 @@ def test_other_options_are_refused_and_named(tmp_path: Path) -> None:
 
 
 def test_a_second_writer_is_told_of_the_first(tmp_path: Path) -> None:
-    with AnswerFile(tmp_path / "a.jsonl", FACTS, IDENTITY) as file:
+    with AnswerFile(path=tmp_path / "a.jsonl", facts=FACTS, identity=IDENTITY) as file:
         with pytest.raises(DataError, match=f"process {os.getpid()} is writing there"):
             write(tmp_path / "a.jsonl")
         write(tmp_path / "b.jsonl", answer("b"))  # its neighbour is not meant
@@ -104,9 +113,8 @@ def test_a_second_writer_is_told_of_the_first(tmp_path: Path) -> None:
 
 
 def test_text_that_is_no_unicode_is_written_all_the_same(tmp_path: Path) -> None:
-    half = Answer(
-        "a", [{"from": "human", "value": "\ud83d"}, {"from": "gpt", "value": "x"}], [5, 6], [(1, 2)], 0, "stop"
-    )
+    talk = [{"from": "human", "value": "\ud83d"}, {"from": "gpt", "value": "x"}]
+    half = replace(answer("a"), conversations=talk, tokens=[5, 6], spans=[(1, 2)])
     write(tmp_path / "a.jsonl", half)
     assert write(tmp_path / "a.jsonl") == {"a"}
 
@@ -115,12 +123,14 @@ def samples_of(
     path: Path, vocabulary: str = FACTS["heads_fingerprint"], max_length: int = 64, base: str = ""
 ) -> list[Any]:
     documents = read_documents(str(path))
-    return make_samples(documents, Bytes(), ChatTemplate(None), max_length, vocabulary=vocabulary, base=base)
+    return make_samples(
+        documents, Bytes(), ChatTemplate(None), max_length, vocabulary=vocabulary, base=base
+    )
 
 
 def test_training_takes_the_ids_as_they_are(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
-    odd = Answer("b", answer("b").conversations, [1, 9, 8, 7, 6, 200], [(3, 4), (5, 6)], 0.0, "stop")
+    odd = replace(answer("b"), tokens=[1, 9, 8, 7, 6, 200], spans=[(3, 4), (5, 6)])
     write(path, answer("a"), odd)
     one, two = samples_of(path)
     assert one.tokens.tolist() == answer("a").tokens and two.tokens.tolist() == odd.tokens
@@ -131,9 +141,14 @@ def test_training_takes_the_ids_as_they_are(tmp_path: Path) -> None:
     assert [s.mask.tolist() for s in cut[:2]] == [[False] * 8 + [True] * 2, [False] + [True] * 4]
 
 
-def test_answers_of_another_model_are_told_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_answers_of_another_model_are_told_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write(tmp_path / "a.jsonl", answer("a"), answer("b"))
-    for base, told in (("one", ""), ("two", "answers of one: heads for two learn best from its own\n")):
+    for base, told in (
+        ("one", ""),
+        ("two", "answers of one: heads for two learn best from its own\n"),
+    ):
         assert len(samples_of(tmp_path / "a.jsonl", base=base)) == 2
         assert capsys.readouterr().err == told
 
@@ -141,7 +156,9 @@ def test_answers_of_another_model_are_told_of(tmp_path: Path, capsys: pytest.Cap
 @pytest.mark.parametrize("vocabulary", ["", "fedcba98765432100"])
 def test_ids_of_another_vocabulary_are_refused(tmp_path: Path, vocabulary: str) -> None:
     write(tmp_path / "a.jsonl", answer("a"))
-    with pytest.raises(DataError, match=f"ids of one .*0123456789ab.*{vocabulary[:12] or 'unknown'}") as error:
+    with pytest.raises(
+        DataError, match=f"ids of one .*0123456789ab.*{vocabulary[:12] or 'unknown'}"
+    ) as error:
         samples_of(tmp_path / "a.jsonl", vocabulary)
     assert "\n" not in str(error.value)
 

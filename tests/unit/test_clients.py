@@ -14,7 +14,7 @@ from asgi import Connection
 from fake_worker import FakeWorker
 
 from benchmarks.fuzz import bodies
-from model.serving.app import ServerOptions, create_app
+from model.serving.http.app import ServerOptions, create_app
 
 HELLO = [{"role": "user", "content": "hello"}]
 
@@ -25,7 +25,7 @@ def worker() -> FakeWorker:
 
 
 async def turns() -> None:
-    """Let every task that can go on do so; no timer needs to fire, so no step of the worker passes."""
+    """Let every task go on that can: no timer fires, so no step of the worker passes."""
     for _ in range(25):
         await asyncio.sleep(0)
 
@@ -40,11 +40,13 @@ async def until(holds: Callable[[], bool]) -> None:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
-def test_a_client_that_leaves_frees_its_places_at_once(streaming: bool, worker: FakeWorker) -> None:
+def test_a_client_that_leaves_frees_its_slots_at_once(streaming: bool, worker: FakeWorker) -> None:
     async def leave() -> None:
         worker.step_s = 0.01
         app = create_app(worker, ServerOptions())
-        connection = Connection(app, {"prompt": "a", "max_tokens": 500, "stream": streaming, "n": 3})
+        connection = Connection(
+            app, {"prompt": "a", "max_tokens": 500, "stream": streaming, "n": 3}
+        )
         await until(lambda: len(worker.alive) == 3)
         assert worker.running == 2 and worker.queue_length == 1
         connection.left.set()
@@ -74,12 +76,12 @@ def test_a_client_that_waits_in_the_queue_may_leave_too(worker: FakeWorker) -> N
     asyncio.run(leave())
 
 
-def test_a_slow_reader_keeps_no_place_and_its_time_is_limited(worker: FakeWorker) -> None:
+def test_a_slow_reader_keeps_no_slot_and_its_time_is_limited(worker: FakeWorker) -> None:
     async def stall() -> None:
         app = create_app(worker, ServerOptions(request_timeout_s=1))
         connection = Connection(app, {"prompt": "a", "max_tokens": 50, "stream": True})
         connection.reading.clear()
-        await until(lambda: len(worker.jobs) == 1 and not worker.alive)
+        await until(lambda: len(worker.requests) == 1 and not worker.alive)
         assert not connection.task.done(), "the text is finished though nobody has read it"
         await asyncio.wait_for(connection.task, 10)
         assert connection.sent == []
@@ -91,8 +93,10 @@ def test_slots_show_what_runs(worker: FakeWorker) -> None:
     async def look() -> Any:
         worker.step_s = 0.01
         app = create_app(worker, ServerOptions())
-        connection = Connection(app, {"prompt": "secret", "max_tokens": 500, "draft": "medusa"})
-        await until(lambda: bool(worker.jobs))
+        connection = Connection(
+            app, {"prompt": "secret", "max_tokens": 500, "draft": "medusa"}
+        )  # an alias
+        await until(lambda: bool(worker.requests))
         while True:
             _, slots = await Connection(app, b"", "/slots").answer()
             if json.loads(slots)[0].get("n_decoded"):
@@ -102,9 +106,14 @@ def test_slots_show_what_runs(worker: FakeWorker) -> None:
         return json.loads(slots)
 
     busy, idle = asyncio.run(look())
-    assert busy["is_processing"] and busy["n_decoded"] >= 1 and busy["draft"] == "medusa"
-    assert (busy["n_prompt_tokens"], busy["n_prompt_tokens_cached"]) == (6, 3) and "secret" not in json.dumps(busy)
-    assert 0 <= busy["n_accepted"] < busy["n_decoded"] and busy["n_remain"] == 500 - busy["n_decoded"]
+    assert busy["is_processing"] and busy["n_decoded"] >= 1 and busy["draft"] == "heads"
+    assert (busy["n_prompt_tokens"], busy["n_prompt_tokens_cached"]) == (
+        6,
+        3,
+    ) and "secret" not in json.dumps(busy)
+    assert (
+        0 <= busy["n_accepted"] < busy["n_decoded"] and busy["n_remain"] == 500 - busy["n_decoded"]
+    )
     assert busy["tokens_per_second"] > 0 == busy["temperature"] - 1
     assert idle == {"id": 1, "is_processing": False}
 

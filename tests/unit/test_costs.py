@@ -21,13 +21,20 @@ def line(n: float, context: float) -> float:
 
 
 class Machine:
-    """A clock and a `run` that moves it; `extra(k, n, context)` is added to the k-th batch (from 0)."""
+    """A clock and a `run` that moves it.
+
+    `extra(k, n, context)` is added to the k-th batch (from 0).
+    """
 
     def __init__(
-        self, extra: Callable[[int, int, int], float] = lambda k, n, context: 0.0, switch_s: float = 0
+        self,
+        extra: Callable[[int, int, int], float] = lambda k, n, context: 0.0,
+        switch_s: float = 0,
     ) -> None:
-        self.now, self.calls = 1000.0, list[tuple[int, int]]()
-        self.extra, self.switch_s = extra, switch_s
+        self.now = 1000.0
+        self.calls = list[tuple[int, int]]()
+        self.extra = extra
+        self.switch_s = switch_s
 
     def clock(self) -> float:
         return self.now
@@ -40,25 +47,32 @@ class Machine:
         self.now += seconds
         return seconds
 
-    def measure(self, sizes: tuple[int, ...], contexts: tuple[int, ...], budget_s: float) -> CostCurve:
+    def measure(
+        self, sizes: tuple[int, ...], contexts: tuple[int, ...], budget_s: float
+    ) -> CostCurve:
         return measure_curve(self.run, sizes, contexts, budget_s=budget_s, clock=self.clock)
 
 
 def test_interpolation_is_exact_on_lines() -> None:
     curve = CostCurve(
-        (64, 256, 1024), (1, 4, 16), tuple(tuple(line(n, c) for n in (1, 4, 16)) for c in (64, 256, 1024))
+        (64, 256, 1024),
+        (1, 4, 16),
+        tuple(tuple(line(n, c) for n in (1, 4, 16)) for c in (64, 256, 1024)),
     )
     for context in (64, 100.5, 256, 700, 1024, 4000):
         for n in (1, 1.5, 2, 4, 9, 16, 40):
             assert curve.seconds_for(n, context) == pytest.approx(line(n, context), rel=1e-12)
         row = [line(n, context) for n in range(1, 41)]
         np.testing.assert_allclose(curve.row(context, 40), row, rtol=1e-12)
-        assert curve.ratio(4, context) == pytest.approx(line(4, context) / line(1, context), rel=1e-12)
+        assert curve.ratio(4, context) == pytest.approx(
+            line(4, context) / line(1, context), rel=1e-12
+        )
 
 
 def test_the_dip_at_four_is_kept() -> None:
     assert CURVE.row(100, 4).tolist() == [1.0, 1.6, 2.3, 1.6]
-    assert CURVE.seconds_for(3.5, 100) == pytest.approx(1.95) and CURVE.seconds_for(2.5, 200) == pytest.approx(2.45)
+    assert CURVE.seconds_for(3.5, 100) == pytest.approx(1.95)
+    assert CURVE.seconds_for(2.5, 200) == pytest.approx(2.45)
     assert CURVE.ratio(4, 300) == 1.8
 
 
@@ -82,7 +96,8 @@ def test_beyond_the_last_nothing_falls() -> None:
 
 def test_one_context_holds_for_all() -> None:
     single = CostCurve((128,), (1, 2), ((1.0, 1.5),))
-    assert single.seconds_for(2, 0) == single.seconds_for(2, 9999) == 1.5 and single.row(9999, 3).tolist() == [
+    assert single.seconds_for(2, 0) == single.seconds_for(2, 9999) == 1.5
+    assert single.row(9999, 3).tolist() == [
         1.0,
         1.5,
         2,
@@ -99,18 +114,24 @@ def test_a_row_is_the_callers_own() -> None:
 
 def test_rounds_alternate_and_contexts_come_one_after_another() -> None:
     machine = Machine()
-    curve = machine.measure((1, 2, 4), (10, 90), 0.01 + 2 * 3 * sum(line(n, 90) for n in (1, 2, 1, 4)))
-    there, back = [1, 2, 1, 4], [1, 4, 1, 2]
+    curve = machine.measure(
+        (1, 2, 4), (10, 90), 0.01 + 2 * 3 * sum(line(n, 90) for n in (1, 2, 1, 4))
+    )
+    there = [1, 2, 1, 4]
+    back = [1, 4, 1, 2]
     assert machine.calls[:12] == [(n, 10) for n in there + back + there]
     at = next(i for i, (_, context) in enumerate(machine.calls) if context == 90)
     assert at % 4 == 0 and {context for _, context in machine.calls[at:]} == {90}
     assert machine.calls[at:] == [(n, 90) for n in there + back + there]
     assert (curve.contexts, curve.sizes) == ((10, 90), (1, 2, 4))
-    np.testing.assert_allclose(curve.seconds, [[line(n, c) for n in (1, 2, 4)] for c in (10, 90)], rtol=1e-12)
+    np.testing.assert_allclose(
+        curve.seconds, [[line(n, c) for n in (1, 2, 4)] for c in (10, 90)], rtol=1e-12
+    )
 
 
 def test_spikes_do_not_reach_the_curve() -> None:
-    machine = Machine(lambda k, n, context: 50.0 if k % 7 == 3 else 0.0)  # every seventh batch, whatever its size
+    # Every seventh batch, whatever its size.
+    machine = Machine(lambda k, n, context: 50.0 if k % 7 == 3 else 0.0)
     curve = machine.measure((1, 2, 3, 4, 8), (0,), 800.0)
     np.testing.assert_allclose(curve.seconds[0], [line(n, 0) for n in (1, 2, 3, 4, 8)], rtol=1e-12)
     hit = {machine.calls[k][0] for k in range(3, len(machine.calls), 7)}
@@ -118,8 +139,11 @@ def test_spikes_do_not_reach_the_curve() -> None:
 
 
 def test_a_machine_that_is_slow_for_a_while_moves_no_ratio() -> None:
-    slow = Machine(lambda k, n, context: line(n, 0) if 8 <= k < 20 else 0.0)  # twice as slow in two of four rounds
-    curve = slow.measure((1, 2, 3, 4, 8), (0,), 4.5 * sum(line(n, 0) for n in (1, 2, 1, 3, 1, 4, 1, 8)))
+    # Twice as slow in two of four rounds.
+    slow = Machine(lambda k, n, context: line(n, 0) if 8 <= k < 20 else 0.0)
+    curve = slow.measure(
+        (1, 2, 3, 4, 8), (0,), 4.5 * sum(line(n, 0) for n in (1, 2, 1, 3, 1, 4, 1, 8))
+    )
     assert len(slow.calls) == 24  # the slow one fills the budget sooner
     for n in (2, 3, 4, 8):
         assert curve.ratio(n, 0) == pytest.approx(line(n, 0) / line(1, 0), rel=1e-12)
@@ -130,7 +154,9 @@ def test_a_machine_that_is_slow_for_a_while_moves_no_ratio() -> None:
 def test_three_rounds_drop_one_spike_and_more_rounds_fill_the_budget() -> None:
     spike = Machine(lambda k, n, context: 9.0 if k == 1 else 0.0)
     round_s = line(1, 0) + line(2, 0)
-    assert spike.measure((1, 2), (0,), 9 + round_s + 0.01).seconds[0] == pytest.approx((line(1, 0), line(2, 0)))
+    assert spike.measure((1, 2), (0,), 9 + round_s + 0.01).seconds[0] == pytest.approx(
+        (line(1, 0), line(2, 0))
+    )
     assert len(spike.calls) == 6
     for fit in (3, 4, 11):
         long = Machine()
@@ -143,7 +169,9 @@ def test_three_rounds_are_made_whatever_they_take() -> None:
     machine = Machine(extra=lambda k, n, context: 50.0 if k == 0 else 0.0)
     curve = machine.measure((1, 2), (0, 10), 0.1)
     assert Counter(machine.calls) == {(n, c): 3 for n in (1, 2) for c in (0, 10)}
-    np.testing.assert_allclose(curve.seconds, [[line(1, c), line(2, c)] for c in (0, 10)], rtol=1e-12)
+    np.testing.assert_allclose(
+        curve.seconds, [[line(1, c), line(2, c)] for c in (0, 10)], rtol=1e-12
+    )
 
 
 def test_a_long_prefill_costs_no_context_its_median() -> None:
@@ -155,7 +183,9 @@ def test_a_long_prefill_costs_no_context_its_median() -> None:
     assert len(machine.calls) == 8  # the prefill counts: 4 rounds are left
 
 
-@pytest.mark.parametrize(("sizes", "contexts"), [((1, 4, 2), (0,)), ((), (0,)), ((1, 2), ()), ((1, 2), (9, 9))])
+@pytest.mark.parametrize(
+    ("sizes", "contexts"), [((1, 4, 2), (0,)), ((), (0,)), ((1, 2), ()), ((1, 2), (9, 9))]
+)
 def test_unsorted_sizes_are_a_mistake_before_anything_is_timed(
     sizes: tuple[int, ...], contexts: tuple[int, ...]
 ) -> None:
@@ -166,7 +196,9 @@ def test_unsorted_sizes_are_a_mistake_before_anything_is_timed(
 
 
 def test_the_sizes_measured_by_default_show_a_kernel_at_multiples_of_four() -> None:
-    assert SIZES[:8] == (1, 2, 3, 4, 5, 6, 7, 8) and SIZES[-1] == 64 and sorted(set(SIZES)) == list(SIZES)
+    assert SIZES[:8] == (1, 2, 3, 4, 5, 6, 7, 8)
+    assert SIZES[-1] == 64
+    assert sorted(set(SIZES)) == list(SIZES)
 
 
 def test_json_round_trip() -> None:
@@ -204,7 +236,19 @@ DAMAGES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a row a number": lambda d: d | {"seconds": [d["seconds"][0], 2.0]},
     "a row text": lambda d: d | {"seconds": [d["seconds"][0], "1234"]},
 }
-BAD_TIMES = [0, 0.0, -1.0, float("nan"), float("inf"), float("-inf"), "2.6", None, True, [2.6], 10**400]
+BAD_TIMES = [
+    0,
+    0.0,
+    -1.0,
+    float("nan"),
+    float("inf"),
+    float("-inf"),
+    "2.6",
+    None,
+    True,
+    [2.6],
+    10**400,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)

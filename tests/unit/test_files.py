@@ -20,10 +20,10 @@ from model.heads.files import (
     CONFIG_FILE,
     HEADS_FILE,
     base_facts,
+    heads_folder,
     load_heads,
     new_heads,
     save_heads,
-    whole_folder,
     write_heads,
 )
 from model.heads.hydra import HydraHeads
@@ -35,10 +35,17 @@ K, D, V = 3, 16, 40
 class FakeBase:
     """What `load_heads` needs of a GGUF."""
 
-    def __init__(self, n_embd: int = D, n_vocab: int = V, tokenizer: str = "t", file: str = "f") -> None:
-        self.n_embd, self.n_vocab, self.name, self.file_type = n_embd, n_vocab, "fake", "Q4_0"
-        self.logit_scale, self.soft_cap = 0.5, 30.0
-        self._tokenizer, self._file = tokenizer, file
+    def __init__(
+        self, n_embd: int = D, n_vocab: int = V, tokenizer: str = "t", file: str = "f"
+    ) -> None:
+        self.n_embd = n_embd
+        self.n_vocab = n_vocab
+        self.name = "fake"
+        self.file_type = "Q4_0"
+        self.logit_scale = 0.5
+        self.soft_cap = 30.0
+        self._tokenizer = tokenizer
+        self._file = file
 
     def heads_fingerprint(self) -> str:
         return self._tokenizer
@@ -57,7 +64,16 @@ class FakeBase:
 
 def make(lm_head: str = "tied", hidden: int = 0, head_type: str = "medusa") -> MedusaHeads:
     torch.manual_seed(0)
-    heads = new_heads(HeadsConfig(K, D, V, 2, hidden, lm_head, head_type), FakeBase())  # type: ignore[arg-type]
+    config = HeadsConfig(
+        k_heads=K,
+        dim=D,
+        vocab=V,
+        head_layers=2,
+        hidden_dim=hidden,
+        lm_head=lm_head,  # type: ignore[arg-type]
+        head_type=head_type,  # type: ignore[arg-type]
+    )
+    heads = new_heads(config, FakeBase())
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -66,7 +82,12 @@ def make(lm_head: str = "tied", hidden: int = 0, head_type: str = "medusa") -> M
 
 def facts(counts: bool = True) -> dict[str, Any]:
     extra = {"token_counts": np.arange(V, dtype=np.int64) + 2**31} if counts else {}
-    return {**base_facts(FakeBase()), "training": {"epochs": 3}, "rank_accuracies": [[0.5] * 10] * K, **extra}
+    return {
+        **base_facts(FakeBase()),
+        "training": {"epochs": 3},
+        "rank_accuracies": [[0.5] * 10] * K,
+        **extra,
+    }
 
 
 @pytest.fixture
@@ -79,7 +100,9 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("hidden", [0, 6])
 @pytest.mark.parametrize("head_type", ["medusa", "hydra"])
 def test_round_trip(tmp_path: Path, lm_head: str, hidden: int, head_type: str) -> None:
-    heads, states, tokens = make(lm_head, hidden, head_type), torch.randn(4, D), torch.randint(V, (4, K))
+    heads = make(lm_head, hidden, head_type)
+    states = torch.randn(4, D)
+    tokens = torch.randint(V, (4, K))
     save_heads(tmp_path / "heads", heads, facts())
     for path in (tmp_path / "heads", tmp_path / "heads" / HEADS_FILE):
         loaded, config = load_heads(path, FakeBase())
@@ -117,7 +140,9 @@ def test_saving_again_replaces_and_leaves_nothing_beside(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["heads"]
 
 
-def test_another_quantization_is_fine_and_says_so(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_another_quantization_is_fine_and_says_so(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level(logging.INFO):
         load_heads(folder, FakeBase())
         assert not caplog.records
@@ -141,7 +166,11 @@ def test_hydra_heads_of_a_tied_model_hold_one_matrix(monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("base", "words"),
-    [(FakeBase(n_embd=32), "width 16"), (FakeBase(n_vocab=41), "40 tokens"), (FakeBase(tokenizer="u"), "tokenizers")],
+    [
+        (FakeBase(n_embd=32), "width 16"),
+        (FakeBase(n_vocab=41), "40 tokens"),
+        (FakeBase(tokenizer="u"), "tokenizers"),
+    ],
 )
 def test_heads_of_another_model_are_refused(folder: Path, base: FakeBase, words: str) -> None:
     refuse(folder, words, base)
@@ -183,7 +212,9 @@ def test_missing_heads(folder: Path, tmp_path: Path) -> None:
         (lambda c: c.update(head_type="hydra"), "embed"),
     ],
 )
-def test_a_config_that_makes_no_sense(folder: Path, change: Callable[[dict[str, Any]], object], words: str) -> None:
+def test_a_config_that_makes_no_sense(
+    folder: Path, change: Callable[[dict[str, Any]], object], words: str
+) -> None:
     config = json.loads((folder / CONFIG_FILE).read_text())
     change(config)
     (folder / CONFIG_FILE).write_text(json.dumps(config))
@@ -197,9 +228,17 @@ def test_a_config_that_is_no_config(folder: Path, text: bytes) -> None:
 
 
 def test_damaged_tensors(folder: Path) -> None:
-    path, whole = folder / HEADS_FILE, (folder / HEADS_FILE).read_bytes()
+    path = folder / HEADS_FILE
+    whole = (folder / HEADS_FILE).read_bytes()
     header = struct.unpack("<Q", whole[:8])[0]
-    damaged = [b"", whole[:5], whole[: 8 + header // 2], whole[:-7], whole + b"x", b"\xff" * len(whole)]
+    damaged = [
+        b"",
+        whole[:5],
+        whole[: 8 + header // 2],
+        whole[:-7],
+        whole + b"x",
+        b"\xff" * len(whole),
+    ]
     damaged.append(whole.replace(b"F32", b"F99"))
     damaged.append(whole[:8] + b"x" + whole[9:])
     for data in damaged:
@@ -250,7 +289,7 @@ def test_a_full_disk_keeps_the_former_heads(folder: Path) -> None:
 
 def test_an_error_while_writing_keeps_the_former_heads(folder: Path) -> None:
     def write() -> None:
-        with whole_folder(folder) as new:
+        with heads_folder(folder) as new:
             write_heads(new, make("own"), facts())
             raise KeyboardInterrupt
 

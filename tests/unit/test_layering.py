@@ -1,4 +1,4 @@
-"""The directions of imports (shared by all of `model/`), and that entry points run from anywhere."""
+"""Directions of imports in `model/` and `commands/`, and that entry points run from anywhere."""
 
 from __future__ import annotations
 
@@ -14,19 +14,30 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ENTRY_POINTS = ("main", "model.train_medusa", "model.distill")
-BELOW = {  # what each room of model/ may import, besides itself
+ENTRY_POINTS = ("model.train_medusa", "model.distill")
+# What each room may import, besides itself. A room is a folder of model/ or a file there.
+FOUNDATION = {"errors", "storage", "base", "trees"}
+BELOW = {
     "errors": set[str](),
-    "base": {"errors"},
+    "storage": {"errors"},
+    "base": {"errors", "storage"},
     "trees": {"errors"},
-    "heads": {"errors", "base", "trees"},
+    "heads": FOUNDATION,
     "decoding": {"errors", "base", "trees"},
-    "engine": {"errors", "base", "trees", "heads", "decoding"},  # where heads and decoding meet
-    "measuring": {"errors", "base", "trees", "heads", "decoding", "engine"},
-    "training": {"errors", "base", "trees", "heads", "decoding"},
-    "serving": {"errors", "base", "trees", "heads", "decoding", "engine", "measuring", "training"},
+    # A GGUF with its heads, loaded and ready to decode: where heads and decoding meet.
+    "loaded_model": {*FOUNDATION, "heads", "decoding"},
+    "planning": {*FOUNDATION, "decoding", "loaded_model"},
+    "engine": {*FOUNDATION, "heads", "decoding", "loaded_model", "planning"},
+    "evaluation": {*FOUNDATION, "heads", "decoding", "loaded_model", "planning"},
+    "training": {*FOUNDATION, "heads", "decoding"},
+    "serving": {*FOUNDATION, "heads", "decoding", "loaded_model", "planning"},
 }
-CONFINED = {"llama_cpp": {"base"}, "gguf": {"base"}, "torch": {"heads", "training", "serving"}}
+OUTSIDE = {"benchmarks", "scripts", "tests", "main"}  # nothing of the product imports these
+CONFINED = {
+    "llama_cpp": {"base"},
+    "gguf": {"base"},
+    "torch": {"heads", "training"},
+}
 
 
 def imports(path: Path, module: str, *, types: bool) -> Iterator[str]:
@@ -51,9 +62,9 @@ def imports(path: Path, module: str, *, types: bool) -> Iterator[str]:
 
 
 def graph(root: Path, *, types: bool = True) -> dict[str, set[str]]:
-    """Return each module of model/ with the full names that it imports."""
+    """Return each module of model/ and commands/ with the full names that it imports."""
     found = {}
-    for path in sorted((root / "model").rglob("*.py")):
+    for path in sorted([*(root / "model").rglob("*.py"), *(root / "commands").rglob("*.py")]):
         parts = path.relative_to(root).with_suffix("").parts
         module = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
         found[module] = set(imports(path, module, types=types))
@@ -64,25 +75,46 @@ def violations(root: Path) -> list[str]:
     """Return a line for each import that goes where it must not."""
     bad = []
     for module, names in graph(root).items():
-        if module in ENTRY_POINTS or module == "model":
-            continue
-        room = module.split(".")[1]
         for name in sorted(names):
-            top, _, rest = name.partition(".")
-            if top in ("config", "main"):
-                bad.append(f"{module} imports {top}: for entry points alone")
-            elif room not in CONFINED.get(top, {room}):
-                bad.append(f"{module} imports {top}")
-            elif top == "model" and rest.partition(".")[0] not in BELOW.get(room, set()) | {room}:
-                bad.append(f"{module} imports {name}: upwards or sideways")
+            why = objection(module, name)
+            if why:
+                bad.append(f"{module} imports {why}")
     return bad
 
 
+def objection(module: str, name: str) -> str:
+    """Say what is wrong with an import; nothing where it may be."""
+    top, _, rest = name.partition(".")
+    if top in OUTSIDE:
+        return f"{top}: not a part of the product"
+    if module == "model" or module in ENTRY_POINTS or module.split(".")[0] == "commands":
+        return f"{top}" if top in CONFINED and top != "torch" else ""
+    room = module.split(".")[1]
+    target = rest.partition(".")[0]
+    if top == "commands":
+        return f"{name}: upwards or sideways"
+    if top == "config":
+        return "config: for entry points alone"
+    if room not in CONFINED.get(top, {room}):
+        return top
+    if top == "model" and target not in BELOW.get(room, set()) | {room}:
+        return f"{name}: upwards or sideways"
+    return ""
+
+
 def circles(root: Path) -> list[str]:
-    """Return the modules that stand on one another in a circle, and those above; types alone make none."""
+    """Return the modules that import one another in a circle, and those above.
+
+    Imports for types alone make none.
+    """
     modules = graph(root, types=False)
     edges = {
-        module: {other for other in modules for n in names if other != module and other in (n, n.rpartition(".")[0])}
+        module: {
+            other
+            for other in modules
+            for n in names
+            if other != module and other in (n, n.rpartition(".")[0])
+        }
         for module, names in modules.items()
     }
     while free := {m for m, targets in edges.items() if not targets & edges.keys()}:
@@ -91,13 +123,21 @@ def circles(root: Path) -> list[str]:
 
 
 def shadows(root: Path) -> list[str]:
-    """Return the names in model/ that would hide others when `python model/x.py` puts model/ first on sys.path."""
-    ours = {path.stem for path in (root / "model").iterdir() if path.suffix == ".py" or path.is_dir()}
-    return sorted((ours - {"__init__", "__pycache__"}) & (sys.stdlib_module_names | packages_distributions().keys()))
+    """Return the names in model/ that would hide others where model/ is first on sys.path.
+
+    As `python model/x.py` puts it.
+    """
+    ours = {
+        path.stem for path in (root / "model").iterdir() if path.suffix == ".py" or path.is_dir()
+    }
+    return sorted(
+        (ours - {"__init__", "__pycache__"})
+        & (sys.stdlib_module_names | packages_distributions().keys())
+    )
 
 
 def test_imports_run_downwards() -> None:
-    assert len(graph(ROOT)) > 15
+    assert len(graph(ROOT)) > 60 and any(module.startswith("commands.") for module in graph(ROOT))
     assert violations(ROOT) == []
     assert circles(ROOT) == []
     assert shadows(ROOT) == []
@@ -110,15 +150,51 @@ UP = "upwards or sideways"
     ("file", "line", "report"),
     [
         ("base/a.py", "from model.heads import medusa", f"base.a imports model.heads.medusa: {UP}"),
-        ("heads/a.py", "from model.decoding.step import step", f"heads.a imports model.decoding.step.step: {UP}"),
+        (
+            "heads/a.py",
+            "from model.decoding.step import step",
+            f"heads.a imports model.decoding.step.step: {UP}",
+        ),
         ("decoding/a.py", "def f():\n    import torch.nn", "decoding.a imports torch"),
-        ("decoding/a.py", "from ..heads.medusa import X", f"decoding.a imports model.heads.medusa.X: {UP}"),
+        (
+            "decoding/a.py",
+            "from ..heads.medusa import X",
+            f"decoding.a imports model.heads.medusa.X: {UP}",
+        ),
         ("trees/a.py", "from model import base", f"trees.a imports model.base: {UP}"),
         ("training/a.py", "from llama_cpp import llama_decode", "training.a imports llama_cpp"),
         ("heads/a.py", "import gguf.quants as q", "heads.a imports gguf"),
-        ("heads/a.py", "from config import Settings", "heads.a imports config: for entry points alone"),
+        (
+            "heads/a.py",
+            "from config import Settings",
+            "heads.a imports config: for entry points alone",
+        ),
+        (
+            "storage/a.py",
+            "from model.base.llama import L",
+            f"storage.a imports model.base.llama.L: {UP}",
+        ),
+        ("decoding/a.py", "import model.planning.x", f"decoding.a imports model.planning.x: {UP}"),
+        ("planning/a.py", "from model.engine import E", f"planning.a imports model.engine.E: {UP}"),
+        ("engine.py", "import model.serving.http", f"engine imports model.serving.http: {UP}"),
+        ("evaluation/a.py", "import model.engine", f"evaluation.a imports model.engine: {UP}"),
+        ("planning/a.py", "import commands.bench", f"planning.a imports commands.bench: {UP}"),
+        (
+            "evaluation/a.py",
+            "import benchmarks.x",
+            "evaluation.a imports benchmarks: not a part of the product",
+        ),
+        (
+            "train_medusa.py",
+            "import tests.x",
+            "train_medusa imports tests: not a part of the product",
+        ),
         ("errors.py", "import model.base.llama", f"errors imports model.base.llama: {UP}"),
-        ("training/a.py", "from model.train_medusa import f", f"training.a imports model.train_medusa.f: {UP}"),
+        (
+            "training/a.py",
+            "from model.train_medusa import f",
+            f"training.a imports model.train_medusa.f: {UP}",
+        ),
         ("attic/a.py", "import model.base", f"attic.a imports model.base: {UP}"),
     ],
 )
@@ -129,11 +205,24 @@ def test_a_planted_violation_is_caught(file: str, line: str, report: str, tmp_pa
     assert violations(tmp_path) == [f"model.{report}"]
 
 
+@pytest.mark.parametrize(
+    "line", ["import benchmarks.x", "def f():\n    from benchmarks.x import y"]
+)
+def test_commands_need_no_benchmarks(line: str, tmp_path: Path) -> None:
+    (tmp_path / "commands").mkdir()
+    (tmp_path / "commands" / "a.py").write_text(line + "\n")
+    assert violations(tmp_path) == ["commands.a imports benchmarks: not a part of the product"]
+    (tmp_path / "commands" / "a.py").write_text("import gguf\n")
+    assert violations(tmp_path) == ["commands.a imports gguf"]
+
+
 def test_what_is_allowed_is_not_reported(tmp_path: Path) -> None:
+    (tmp_path / "commands").mkdir()
+    (tmp_path / "commands" / "a.py").write_text("import model.engine, config, torch, commands.b")
     for file, text in {
-        "base/a.py": "import llama_cpp, gguf\nfrom model.errors import E\nfrom model.base import b\nfrom . import c",
-        "decoding/a.py": "import numpy\nfrom model.trees.tree import Tree\nfrom model.base.llama import LlamaBase",
-        "train_medusa.py": "from config import Settings\nfrom model.training.trainer import Trainer\nimport torch",
+        "base/a.py": "import llama_cpp, gguf\nfrom model.errors import E\nfrom . import c",
+        "decoding/a.py": "import numpy\nimport model.trees.tree\nfrom model.base.llama import L",
+        "train_medusa.py": "from config import S\nimport model.training.trainer, torch",
     }.items():
         (tmp_path / "model" / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "model" / file).write_text(text)
@@ -147,7 +236,9 @@ def test_planted_circles_and_shadows_are_caught(tmp_path: Path) -> None:
     (tmp_path / "model" / "base" / "c.py").write_text("from .a import f")
     (tmp_path / "model" / "base" / "d.py").write_text("from model.base.a import f")
     assert circles(tmp_path) == ["model.base.a", "model.base.b", "model.base.c", "model.base.d"]
-    (tmp_path / "model" / "base" / "c.py").write_text("if TYPE_CHECKING:\n    from .a import f\nelse:\n    import os")
+    (tmp_path / "model" / "base" / "c.py").write_text(
+        "if TYPE_CHECKING:\n    from .a import f\nelse:\n    import os"
+    )
     assert circles(tmp_path) == []
     (tmp_path / "model" / "tokenize.py").touch()
     (tmp_path / "model" / "datasets").mkdir()
@@ -158,19 +249,26 @@ def test_decoding_runs_without_torch() -> None:
     rooms = ("model.base.", "model.trees.", "model.decoding.")
     modules = [m for m in graph(ROOT) if m.startswith(rooms)]
     assert any(m.startswith("model.decoding.") for m in modules)
-    code = f"import sys\nfor m in {modules}: __import__(m)\nprint('torch' in sys.modules, 'llama_cpp' in sys.modules)"
-    seen = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code = (
+        f"import sys\nfor m in {modules}: __import__(m)\n"
+        "print('torch' in sys.modules, 'llama_cpp' in sys.modules)"
+    )
+    seen = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert seen.strip() == "False True"
 
 
 @pytest.mark.parametrize("installed", [True, False])
 @pytest.mark.parametrize("script", ["main.py", "model/train_medusa.py", "model/distill.py"])
 def test_entry_points_run_from_any_directory(script: str, installed: bool, tmp_path: Path) -> None:
-    """`-S` reads no .pth files: the editable install is unseen, its dependencies are named by hand."""
+    """`-S` reads no .pth files: the editable install is unseen, dependencies are named by hand."""
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     if not installed:
         env["PYTHONPATH"] = sysconfig.get_path("purelib")
     command = [sys.executable, *([] if installed else ["-S"]), str(ROOT / script), "--help"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert "Usage:" in done.stdout

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from model.decoding.loops import GRAM, LOOP, count_repeats, without_loop
-from model.measuring.speed import repeated_ngrams
+from model.evaluation.speed import repeated_ngrams
 
 NEW = random.Random(0).sample(range(10_000), 400)
 
@@ -17,13 +17,21 @@ def test_a_circle_is_cut_behind_one_pass(period: int) -> None:
     text = NEW[:50] + NEW[100 : 100 + period] * 200
     cut, looped = without_loop(text)
     assert looped
-    assert cut == text[: 50 + period + GRAM - 1], "one pass, and what the last new 8-gram reaches into the next"
+    assert cut == text[: 50 + period + GRAM - 1], (
+        "one pass, and what the last new 8-gram reaches into the next"
+    )
     assert count_repeats([cut]) == (0, len(cut) - GRAM + 1)
 
 
 @pytest.mark.parametrize(
     "text",
-    [NEW, NEW + NEW[100 : 100 + LOOP + GRAM - 2], [t for i in range(50) for t in (*NEW[:7], 10_000 + i)], NEW[:5], []],
+    [
+        NEW,
+        NEW + NEW[100 : 100 + LOOP + GRAM - 2],
+        [t for i in range(50) for t in (*NEW[:7], 10_000 + i)],
+        NEW[:5],
+        [],
+    ],
     ids=["new", "a passage said twice", "a list that counts", "short", "empty"],
 )
 def test_negative_control_what_is_no_circle_stays(text: list[int]) -> None:
@@ -32,7 +40,10 @@ def test_negative_control_what_is_no_circle_stays(text: list[int]) -> None:
 
 def test_a_passage_said_twice_that_is_one_token_longer_is_cut() -> None:
     """The limit is where the policy says that it is."""
-    assert without_loop(NEW + NEW[100 : 100 + LOOP + GRAM - 1]) == (NEW + NEW[100 : 100 + GRAM - 1], True)
+    assert without_loop(NEW + NEW[100 : 100 + LOOP + GRAM - 1]) == (
+        NEW + NEW[100 : 100 + GRAM - 1],
+        True,
+    )
 
 
 def test_repeats_are_counted_as_the_benchmark_counts_them() -> None:

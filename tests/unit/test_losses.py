@@ -10,13 +10,19 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from model.heads.losses import linear_cross_entropy, linear_distillation
+from model.heads.distillation import linear_distillation
+from model.heads.losses import linear_cross_entropy
 
 N, D, V, CHUNK = 50, 12, 33, 7
 
 
 def reference(
-    hidden: Tensor, weight: Tensor, targets: Tensor, factors: Tensor, scale: float = 1.0, cap: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    factors: Tensor,
+    scale: float = 1.0,
+    cap: float = 0.0,
 ) -> Tensor:
     logits = scale * hidden @ weight.T
     if cap:
@@ -39,7 +45,9 @@ def inputs(soft: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.7, 0.0), (0.7, 3.0)])
 def test_loss_and_gradients_equal_autograd(soft: bool, scale: float, cap: float) -> None:
     hidden, weight, targets, factors = inputs(soft)
-    loss = linear_cross_entropy(hidden, weight, targets, factors, chunk=CHUNK, logit_scale=scale, soft_cap=cap)
+    loss = linear_cross_entropy(
+        hidden, weight, targets, factors, chunk=CHUNK, logit_scale=scale, soft_cap=cap
+    )
     expected = reference(hidden, weight, targets, factors, scale, cap)
     torch.testing.assert_close(loss, expected)
     got = torch.autograd.grad(3 * loss, (hidden, weight))
@@ -51,12 +59,16 @@ def test_gradients_equal_differences() -> None:
     with torch.no_grad():
         direction = torch.randn_like(hidden)
         near = [
-            linear_cross_entropy(hidden + step * direction, weight, targets, factors, chunk=CHUNK, soft_cap=3.0)
+            linear_cross_entropy(
+                hidden + step * direction, weight, targets, factors, chunk=CHUNK, soft_cap=3.0
+            )
             for step in (-1e-5, 1e-5)
         ]
     loss = linear_cross_entropy(hidden, weight, targets, factors, chunk=CHUNK, soft_cap=3.0)
     gradient = torch.autograd.grad(loss, hidden, retain_graph=True)[0]
-    torch.testing.assert_close((gradient * direction).sum(), (near[1] - near[0]) / 2e-5, rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        (gradient * direction).sum(), (near[1] - near[0]) / 2e-5, rtol=1e-6, atol=0
+    )
     with pytest.raises(AssertionError, match="once"):  # it was scaled in place
         torch.autograd.grad(loss, hidden)
 
@@ -112,7 +124,8 @@ def test_bf16_products_with_fp32_sums_stay_close() -> None:
     exact = reference(low[0].double(), low[1].double(), targets, factors)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss.double(), exact, rtol=5e-3, atol=0)
-    got, expected = torch.autograd.grad(loss, low), torch.autograd.grad(exact, low)
+    got = torch.autograd.grad(loss, low)
+    expected = torch.autograd.grad(exact, low)
     for a, b in zip(got, expected, strict=True):
         assert a.dtype == torch.bfloat16
         assert (a - b).norm() < 0.01 * b.norm()
@@ -145,7 +158,9 @@ class Largest(TorchDispatchMode):
 
 @pytest.mark.parametrize("own", [False, True])
 def test_no_tensor_is_larger_than_a_chunk_of_logits(own: bool) -> None:
-    rows, vocab, chunk = 512, 3000, 32
+    rows = 512
+    vocab = 3000
+    chunk = 32
     hidden = torch.randn(rows, 8, requires_grad=True)
     weight = torch.randn(vocab, 8, requires_grad=own)
     targets = torch.randint(vocab, (rows,))
@@ -167,9 +182,12 @@ K = 3
 def lesson(own: bool = False) -> dict[str, Any]:
     """Rows of N neighbouring positions; the last ones and some in between are taught by none."""
     torch.manual_seed(0)
-    weight = torch.randn(K, V, D, dtype=torch.float64) if own else torch.randn(V, D, dtype=torch.float64)
+    weight = (
+        torch.randn(K, V, D, dtype=torch.float64) if own else torch.randn(V, D, dtype=torch.float64)
+    )
     factors = torch.rand(K, N, dtype=torch.float64)
-    factors[:, 10:17], factors[1, 30] = 0, 0
+    factors[:, 10:17] = 0
+    factors[1, 30] = 0
     return {
         "hidden": torch.randn(K, N, D, dtype=torch.float64, requires_grad=True),
         "weight": weight.requires_grad_(),
@@ -181,29 +199,44 @@ def lesson(own: bool = False) -> dict[str, Any]:
     }
 
 
-def materialised(given: dict[str, Any], temperature: float, kd_weight: float, scale: float, cap: float) -> Tensor:
+def materialised(
+    given: dict[str, Any], temperature: float, kd_weight: float, scale: float, cap: float
+) -> Tensor:
     def shaped(logits: Tensor) -> Tensor:
         return cap * torch.tanh(scale * logits / cap) if cap else scale * logits
 
     student = shaped(given["hidden"] @ given["weight"].mT)  # (K,N,V)
     teacher = shaped(given["teachers"] @ given["teacher_weight"].T)[given["taught_by"]]
     soft = F.kl_div(
-        (student / temperature).log_softmax(-1), (teacher / temperature).log_softmax(-1), reduction="none",
+        (student / temperature).log_softmax(-1),
+        (teacher / temperature).log_softmax(-1),
+        reduction="none",
         log_target=True,
-    ).sum(-1)  # fmt: skip
-    hard = F.cross_entropy(student.flatten(0, 1), given["targets"].flatten(), reduction="none").view(K, N)
-    loss: Tensor = (given["sample_weight"] * (kd_weight * temperature**2 * soft + (1 - kd_weight) * hard)).sum()
+    ).sum(-1)
+    hard = F.cross_entropy(
+        student.flatten(0, 1), given["targets"].flatten(), reduction="none"
+    ).view(K, N)
+    loss: Tensor = (
+        given["sample_weight"] * (kd_weight * temperature**2 * soft + (1 - kd_weight) * hard)
+    ).sum()
     return loss
 
 
 @pytest.mark.parametrize("own", [False, True])
-@pytest.mark.parametrize(("temperature", "kd_weight"), [(1.0, 1.0), (2.0, 1.0), (0.5, 0.3), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("temperature", "kd_weight"), [(1.0, 1.0), (2.0, 1.0), (0.5, 0.3), (1.0, 0.0)]
+)
 @pytest.mark.parametrize(("scale", "cap"), [(1.0, 0.0), (0.7, 3.0)])
 def test_distillation_equals_materialised_logits(
     own: bool, temperature: float, kd_weight: float, scale: float, cap: float
 ) -> None:
     given = lesson(own)
-    kind: dict[str, Any] = {"temperature": temperature, "kd_weight": kd_weight, "logit_scale": scale, "soft_cap": cap}
+    kind: dict[str, Any] = {
+        "temperature": temperature,
+        "kd_weight": kd_weight,
+        "logit_scale": scale,
+        "soft_cap": cap,
+    }
     loss = linear_distillation(**given, **kind, chunk=CHUNK)
     expected = materialised(given, temperature, kd_weight, scale, cap)
     torch.testing.assert_close(loss, expected)
@@ -221,15 +254,21 @@ def test_the_comparison_sees_a_teacher_one_place_off() -> None:
     wrong, right = (torch.autograd.grad(loss, given["hidden"])[0] for loss in losses)
     assert abs(losses[0] - losses[1]) > 1e-3 * losses[1]
     assert (wrong - right).norm() > 0.1 * right.norm()
-    equal = {**given, "hidden": given["teachers"][given["taught_by"]], "weight": given["teacher_weight"]}
-    assert float(linear_distillation(**equal)) == pytest.approx(0.0, abs=1e-9)  # who says the same has nothing to learn
+    equal = {
+        **given,
+        "hidden": given["teachers"][given["taught_by"]],
+        "weight": given["teacher_weight"],
+    }
+    nothing_to_learn = float(linear_distillation(**equal))
+    assert nothing_to_learn == pytest.approx(0.0, abs=1e-9)
 
 
 def test_distillation_leaves_masked_rows_alone() -> None:
     given = lesson()
     clean = linear_distillation(**given, chunk=CHUNK)
     dirty = {name: given[name].detach().clone() for name in ("hidden", "teachers")}
-    dirty["hidden"][:, 10:17], dirty["teachers"][0] = torch.nan, torch.nan
+    dirty["hidden"][:, 10:17] = torch.nan
+    dirty["teachers"][0] = torch.nan
     dirty["hidden"].requires_grad_()
     loss = linear_distillation(**{**given, **dirty}, chunk=CHUNK)
     torch.testing.assert_close(loss, clean)
@@ -243,8 +282,13 @@ def test_teachers_are_computed_once_for_all_heads() -> None:
     asked: list[int] = []
 
     class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.ops.aten.mm.default and args[1].data_ptr() == given["teacher_weight"].data_ptr():
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if (
+                func is torch.ops.aten.mm.default
+                and args[1].data_ptr() == given["teacher_weight"].data_ptr()
+            ):
                 asked.append(len(args[0]))
             return func(*args, **(kwargs or {}))
 
@@ -256,14 +300,21 @@ def test_teachers_are_computed_once_for_all_heads() -> None:
 
 
 def test_distillation_holds_no_more_than_a_chunk() -> None:
-    rows, vocab, chunk = 512, 3000, 32
+    rows = 512
+    vocab = 3000
+    chunk = 32
     given: dict[str, Any] = {
-        "hidden": torch.randn(K, rows, 8, requires_grad=True), "weight": torch.randn(vocab, 8),
-        "teachers": torch.randn(rows + K, 8), "taught_by": torch.arange(rows) + 1 + torch.arange(K)[:, None],
-        "targets": torch.randint(vocab, (K, rows)), "sample_weight": torch.ones(K, rows),
-    }  # fmt: skip
+        "hidden": torch.randn(K, rows, 8, requires_grad=True),
+        "weight": torch.randn(vocab, 8),
+        "teachers": torch.randn(rows + K, 8),
+        "taught_by": torch.arange(rows) + 1 + torch.arange(K)[:, None],
+        "targets": torch.randint(vocab, (K, rows)),
+        "sample_weight": torch.ones(K, rows),
+    }
     with Largest() as seen:
-        linear_distillation(**given, teacher_weight=given["weight"], kd_weight=0.5, chunk=chunk).backward()
+        linear_distillation(
+            **given, teacher_weight=given["weight"], kd_weight=0.5, chunk=chunk
+        ).backward()
     assert seen.numel == chunk * vocab
 
 

@@ -9,9 +9,19 @@ from model.heads.medusa import HeadsConfig, MedusaHeads
 K, D, V = 3, 16, 40
 
 
-def make(lm_head: str = "tied", layers: int = 2, hidden: int = 0, scale: float = 1.0, cap: float = 0.0) -> MedusaHeads:
+def make(
+    lm_head: str = "tied", layers: int = 2, hidden: int = 0, scale: float = 1.0, cap: float = 0.0
+) -> MedusaHeads:
     torch.manual_seed(0)
-    heads = MedusaHeads(HeadsConfig(K, D, V, layers, hidden, lm_head), torch.randn(V, D), scale, cap)  # type: ignore[arg-type]
+    config = HeadsConfig(
+        k_heads=K,
+        dim=D,
+        vocab=V,
+        head_layers=layers,
+        hidden_dim=hidden,
+        lm_head=lm_head,  # type: ignore[arg-type]
+    )
+    heads = MedusaHeads(config, torch.randn(V, D), scale, cap)
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.3)
@@ -21,7 +31,8 @@ def make(lm_head: str = "tied", layers: int = 2, hidden: int = 0, scale: float =
 @pytest.mark.parametrize("lm_head", ["tied", "own"])
 @pytest.mark.parametrize("hidden", [0, 6])
 def test_stacked_heads_equal_one_head_at_a_time(lm_head: str, hidden: int) -> None:
-    heads, states = make(lm_head, hidden=hidden, scale=0.5, cap=4.0), torch.randn(2, 5, D)
+    heads = make(lm_head, hidden=hidden, scale=0.5, cap=4.0)
+    states = torch.randn(2, 5, D)
     expected = []
     for k in range(K):
         x = states
@@ -36,8 +47,10 @@ def test_stacked_heads_equal_one_head_at_a_time(lm_head: str, hidden: int) -> No
 @pytest.mark.parametrize("hidden", [0, 6])
 def test_untrained_heads_repeat_the_base_and_every_parameter_can_move(hidden: int) -> None:
     torch.manual_seed(0)
-    lm_head, states = torch.randn(V, D), torch.randn(4, D)
-    heads = MedusaHeads(HeadsConfig(K, D, V, hidden_dim=hidden), lm_head)
+    lm_head = torch.randn(V, D)
+    states = torch.randn(4, D)
+    config = HeadsConfig(k_heads=K, dim=D, vocab=V, hidden_dim=hidden)
+    heads = MedusaHeads(config, lm_head)
     torch.testing.assert_close(heads.logits(states), (states @ lm_head.T).expand(K, -1, -1))
     optimizer = torch.optim.SGD(heads.parameters(), 0.1)
     before = [parameter.detach().clone() for parameter in heads.parameters()]
@@ -50,7 +63,8 @@ def test_untrained_heads_repeat_the_base_and_every_parameter_can_move(hidden: in
 
 
 def test_tied_lm_head_is_frozen_and_not_saved_own_is_trained_per_head() -> None:
-    tied, own = make("tied"), make("own")
+    tied = make("tied")
+    own = make("own")
     assert "lm_head" not in tied.state_dict()
     assert not tied.lm_head.requires_grad
     assert own.lm_head.requires_grad

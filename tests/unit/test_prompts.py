@@ -9,11 +9,16 @@ from typing import Any
 
 import pytest
 
-from model.training.documents import held_out, read_records
-from model.training.prompts import Prompt, read_prompts
+from model.training.data.prompts import Prompt, make_prompts
+from model.training.data.records import read_records
+from model.training.data.standard_library import held_out
 
-CHAT = [{"from": "system", "value": "Be short."}, {"from": "human", "value": "Q1"}, {"from": "gpt", "value": "A1"},
-        {"from": "human", "value": "Q2"}]  # fmt: skip
+CHAT = [
+    {"from": "system", "value": "Be short."},
+    {"from": "human", "value": "Q1"},
+    {"from": "gpt", "value": "A1"},
+    {"from": "human", "value": "Q2"},
+]
 RECORDS: list[Any] = [
     {"conversations": CHAT},
     {"messages": [{"role": "user", "content": "Q3"}, {"role": "assistant", "content": "A3"}]},
@@ -29,17 +34,28 @@ WORDS = " ".join(f"w{i}" for i in range(3000))
 
 def read(records: list[Any], **more: Any) -> tuple[list[Prompt], list[str]]:
     named = ((f"r:{i}", record) for i, record in enumerate(records))
-    return read_prompts(named, **{"chat": True, "lengths": (20, 30), **more})
+    return make_prompts(named, **{"chat": True, "lengths": (20, 30), **more})
 
 
 @pytest.mark.parametrize("form", ["jsonl", "json"])
 def test_forms(form: str, tmp_path: Path) -> None:
     path = tmp_path / f"prompts.{form}"
-    path.write_text(json.dumps(RECORDS) if form == "json" else "\n".join(json.dumps(r) for r in RECORDS))
-    prompts, problems = read_prompts(read_records(str(path)), chat=True, lengths=(64, 128))
+    path.write_text(
+        json.dumps(RECORDS) if form == "json" else "\n".join(json.dumps(r) for r in RECORDS)
+    )
+    prompts, problems = make_prompts(read_records(str(path)), chat=True, lengths=(64, 128))
     assert problems == []
     asked = [[turn["content"] for turn in prompt.turns] for prompt in prompts]
-    assert asked == [["Be short.", "Q1", "Q2"], ["Q3"], ["Q4", "Q5"], ["Q6"], ["Q7\n\ngiven"], ["Q8"], [], []]
+    assert asked == [
+        ["Be short.", "Q1", "Q2"],
+        ["Q3"],
+        ["Q4", "Q5"],
+        ["Q6"],
+        ["Q7\n\ngiven"],
+        ["Q8"],
+        [],
+        [],
+    ]
     assert [prompt.text for prompt in prompts[-2:]] == ["Once upon a time", "def f"]
     assert all(turn["role"] != "assistant" for prompt in prompts for turn in prompt.turns)
     assert [prompt.number for prompt in prompts] == list(range(8))
@@ -88,7 +104,9 @@ def test_pieces_are_cut_from_all_texts_in_turn_and_begin_with_a_word() -> None:
     assert everything[:5] == prompts, "a limit changes nothing but the number"
     for prompt in everything:
         assert 20 <= prompt.length <= 30
-        assert prompt.text.lstrip(" ") == "short one" or (prompt.text.lstrip(" ")[0] == "w" and len(prompt.text) > 150)
+        assert prompt.text.lstrip(" ") == "short one" or (
+            prompt.text.lstrip(" ")[0] == "w" and len(prompt.text) > 150
+        )
         assert any(prompt.text in text for text in texts)
     assert len({prompt.length for prompt in everything}) > 3
     assert read(texts, seed=1)[0] != everything
@@ -101,7 +119,7 @@ def test_whole_prompts_come_before_pieces() -> None:
 
 def test_the_demo_text_has_no_held_out_file() -> None:
     records = itertools.islice(read_records(""), 150)
-    prompts, problems = read_prompts(records, chat=False, lengths=(64, 128), most=150)
+    prompts, problems = make_prompts(records, chat=False, lengths=(64, 128), most=150)
     names = {prompt.id.split("@")[0] for prompt in prompts}
     assert len(names) == 150 and not problems
     assert not any(held_out(name) for name in names)

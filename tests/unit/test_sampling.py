@@ -19,34 +19,43 @@ def expected(temperature: float, kept: list[int]) -> npt.NDArray[np.float64]:
     return p
 
 
-def chi_square(params: SamplingParams, target: npt.NDArray[np.float64], draws: int = 20_000) -> float:
-    """Return the statistic over its degrees of freedom; tokens with no probability must not come up at all."""
+def chi_square(
+    params: SamplingParams, target: npt.NDArray[np.float64], draws: int = 20_000
+) -> float:
+    """Return the statistic over its degrees of freedom.
+
+    Tokens with no probability must not come up at all.
+    """
     sampler = Sampler(params)
     counts = np.bincount([sampler.choose(LOGITS, i) for i in range(draws)], minlength=len(LOGITS))
     assert not counts[target == 0].any()
     seen = target > 0
-    return float(((counts - draws * target)[seen] ** 2 / (draws * target[seen])).sum() / max(seen.sum() - 1, 1))
+    return float(
+        ((counts - draws * target)[seen] ** 2 / (draws * target[seen])).sum()
+        / max(seen.sum() - 1, 1)
+    )
 
 
 @pytest.mark.parametrize(
     ("params", "kept"),
     [
-        (SamplingParams(0.8, seed=1), list(range(8))),
-        (SamplingParams(1.5, top_k=3, seed=2), [0, 1, 6]),
-        (SamplingParams(1.0, top_p=0.6, seed=3), [0, 6]),
-        (SamplingParams(1.0, top_k=5, top_p=0.9, seed=4), [0, 1, 5, 6]),
-        (SamplingParams(2.0, min_p=0.4, seed=5), [0, 1, 5, 6]),
-        (SamplingParams(1.0, top_k=3, min_p=0.5, seed=6), [0, 6]),
+        (SamplingParams(temperature=0.8, seed=1), list(range(8))),
+        (SamplingParams(temperature=1.5, top_k=3, seed=2), [0, 1, 6]),
+        (SamplingParams(temperature=1.0, top_p=0.6, seed=3), [0, 6]),
+        (SamplingParams(temperature=1.0, top_k=5, top_p=0.9, seed=4), [0, 1, 5, 6]),
+        (SamplingParams(temperature=2.0, min_p=0.4, seed=5), [0, 1, 5, 6]),
+        (SamplingParams(temperature=1.0, top_k=3, min_p=0.5, seed=6), [0, 6]),
     ],
 )
 def test_draws_follow_the_distribution(params: SamplingParams, kept: list[int]) -> None:
-    # χ²/dof > 4.7 has odds of 1 in 10,000 for 4 degrees of freedom, less for 7; the seeds are fixed all the same.
+    # χ²/dof > 4.7 has odds of 1 in 10,000 for 4 degrees of freedom, less for 7; the seeds are fixed
+    # all the same.
     assert sorted(Sampler(params).kept(LOGITS).tolist()) == kept
     assert chi_square(params, expected(params.temperature, kept)) < 4.7
 
 
 def test_the_distribution_test_can_fail() -> None:
-    assert chi_square(SamplingParams(0.8, seed=1), expected(1.0, list(range(8)))) > 20
+    assert chi_square(SamplingParams(temperature=0.8, seed=1), expected(1.0, list(range(8)))) > 20
 
 
 def shaped(params: SamplingParams, prompt: list[int], text: list[int]) -> npt.NDArray[np.float32]:
@@ -57,7 +66,8 @@ def shaped(params: SamplingParams, prompt: list[int], text: list[int]) -> npt.ND
 
 
 def test_penalties_count_what_they_say() -> None:
-    text, prompt = [6, 6, 4], [0, 4]
+    text = [6, 6, 4]
+    prompt = [0, 4]
     presence = shaped(SamplingParams(presence_penalty=0.5), prompt, text)
     assert presence == pytest.approx(np.array([0, 0, 0, 0, -0.5, 0, -0.5, 0]))
     frequency = shaped(SamplingParams(frequency_penalty=0.5), prompt, text)
@@ -82,28 +92,31 @@ class Even:
 
 
 def test_a_grammar_leaves_the_distribution_of_what_it_allows() -> None:
-    sampler = Sampler(SamplingParams(1.5, seed=3), grammar=Even())
+    sampler = Sampler(SamplingParams(temperature=1.5, seed=3), grammar=Even())
     counts = np.bincount([sampler.choose(LOGITS, i) for i in range(20_000)], minlength=8)
     target = 20_000 * expected(1.5, [0, 2, 4, 6])[::2]
     assert not counts[1::2].any()
-    assert float(((counts[::2] - target) ** 2 / target).sum() / 3) < 5.7, "odds of 1 in 2,000; the seed is fixed"
+    assert float(((counts[::2] - target) ** 2 / target).sum() / 3) < 5.7, (
+        "odds of 1 in 2,000; the seed is fixed"
+    )
     assert Sampler(SamplingParams(), grammar=Even()).choose(np.roll(LOGITS, 1), 0) == 2
 
 
 def test_a_draw_hangs_on_seed_and_index_only() -> None:
-    a, b = Sampler(SamplingParams(1.0, seed=7)), Sampler(SamplingParams(1.0, seed=7))
+    a = Sampler(SamplingParams(temperature=1.0, seed=7))
+    b = Sampler(SamplingParams(temperature=1.0, seed=7))
     late = a.choose(LOGITS, 700)
     assert [a.choose(LOGITS, i) for i in range(300)] == [b.choose(LOGITS, i) for i in range(300)]
     assert b.choose(LOGITS, 700) == late
-    c = Sampler(SamplingParams(1.0, seed=8))
+    c = Sampler(SamplingParams(temperature=1.0, seed=8))
     assert [a.choose(LOGITS, i) for i in range(50)] != [c.choose(LOGITS, i) for i in range(50)]
 
 
 def test_top_p_keeps_the_smallest_set_also_beyond_the_first_candidates() -> None:
     flat = np.zeros(1000, np.float32)
     flat[5] = 1e-3
-    assert len(Sampler(SamplingParams(1.0, top_p=0.5)).kept(flat)) == 500
-    assert Sampler(SamplingParams(1.0, top_p=1e-9)).kept(flat).tolist() == [5]
+    assert len(Sampler(SamplingParams(temperature=1.0, top_p=0.5)).kept(flat)) == 500
+    assert Sampler(SamplingParams(temperature=1.0, top_p=1e-9)).kept(flat).tolist() == [5]
 
 
 def test_greedy_margin() -> None:
@@ -113,7 +126,8 @@ def test_greedy_margin() -> None:
 
 @pytest.mark.parametrize("index", range(20))
 def test_no_perturbation_within_half_the_margin_changes_a_draw(index: int) -> None:
-    s, rng = Sampler(SamplingParams(0.7, seed=5)), np.random.default_rng(index)
+    s = Sampler(SamplingParams(temperature=0.7, seed=5))
+    rng = np.random.default_rng(index)
     chosen = s.choose(LOGITS, index)
     for other in range(len(LOGITS)):
         margin = s.margin(LOGITS, other, index)
@@ -127,8 +141,9 @@ def test_no_perturbation_within_half_the_margin_changes_a_draw(index: int) -> No
 
 
 def test_the_margin_is_no_overestimate() -> None:
-    """Moving every logit by a little more than half the margin, the right way, does change the draw."""
-    s, changed = Sampler(SamplingParams(0.7, seed=5)), 0
+    """Moving every logit by little more than half the margin, the right way, changes the draw."""
+    s = Sampler(SamplingParams(temperature=0.7, seed=5))
+    changed = 0
     for index in range(20):
         chosen = s.choose(LOGITS, index)
         for other in {max(chosen - 1, 0), min(chosen + 1, len(LOGITS) - 1)} - {chosen}:

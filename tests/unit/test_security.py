@@ -11,8 +11,8 @@ import pytest
 from fake_worker import FakeWorker
 from starlette.testclient import TestClient
 
-from model.serving.app import ServerOptions, create_app
-from model.serving.security import is_loopback
+from model.serving.http.app import ServerOptions, create_app
+from model.serving.http.security import is_loopback
 
 KEY = "sk-péssword"
 
@@ -30,16 +30,21 @@ def status(client: TestClient, path: str = "/health", **headers: str) -> int:
     ("options", "right", "wrong"),
     [
         ({}, ["localhost", "LOCALHOST:8000", "127.0.0.1:1", "[::1]:8000", "[::1]"],
-         ["evil.example", "localhost.evil.example", "192.168.1.5", "", "localhost@evil.example", "[", "a:b:c"]),
+         ["evil.example", "localhost.evil.example", "192.168.1.5", "", "localhost@evil.example",
+          "[", "a:b:c"]),
         ({"host": "10.0.0.7"}, ["10.0.0.7:8000", "localhost"], ["10.0.0.8", "evil.example"]),
         ({"host": "box"}, ["box:8000", "localhost"], ["box.evil.example", "10.0.0.8"]),
-        ({"host": "0.0.0.0"}, ["192.168.1.5:8000", "[fe80::1]"], ["evil.example", "0x7f.1.evil.example"]),
+        ({"host": "0.0.0.0"}, ["192.168.1.5:8000", "[fe80::1]"],
+         ["evil.example", "0x7f.1.evil.example"]),
         ({"host": "::"}, ["192.168.1.5:8000", "[fe80::1]:80"], ["evil.example"]),
-        ({"allowed_hosts": ("llm.home", "[2001:db8::1]")}, ["llm.home", "[2001:db8::1]:1"], ["evil.example"]),
+        ({"allowed_hosts": ("llm.home", "[2001:db8::1]")}, ["llm.home", "[2001:db8::1]:1"],
+         ["evil.example"]),
         ({"allowed_hosts": ("*",)}, ["anything.example"], [""]),
     ],
 )  # fmt: skip
-def test_foreign_hosts_are_refused(options: dict[str, Any], right: list[str], wrong: list[str]) -> None:
+def test_foreign_hosts_are_refused(
+    options: dict[str, Any], right: list[str], wrong: list[str]
+) -> None:
     c = client(**options)
     assert [status(c, Host=host) for host in right] == [200] * len(right)
     for host in wrong:
@@ -55,22 +60,39 @@ def test_pages_of_other_origins_are_refused() -> None:
         return c.post("/v1/completions", json=body, headers={"Origin": origin})
 
     assert post(plain, "http://localhost:8000").status_code == 200  # our own page
-    for origin in ("http://localhost:9000", "https://evil.example", "null", "http://localhost:8000.evil.example"):
+    for origin in (
+        "http://localhost:9000",
+        "https://evil.example",
+        "null",
+        "http://localhost:8000.evil.example",
+    ):
         refused = post(plain, origin)
         assert refused.status_code == 403 and "access-control-allow-origin" not in refused.headers
         assert post(open_to, origin).status_code == 403
     allowed = post(open_to, "https://chat.example")
     assert allowed.status_code == 200
     assert allowed.headers["access-control-allow-origin"] == "https://chat.example"
-    assert post(client(cors_origins=("*",)), "https://any.example").headers["access-control-allow-origin"] == "*"
+    assert (
+        post(client(cors_origins=("*",)), "https://any.example").headers[
+            "access-control-allow-origin"
+        ]
+        == "*"
+    )
 
 
 def test_preflights_need_no_key_and_errors_can_be_read() -> None:
     c = client(cors_origins=("https://chat.example",), api_key=KEY)
     asked = {"Origin": "https://chat.example", "Access-Control-Request-Method": "POST"}
-    preflight = c.options("/v1/completions", headers=asked | {"Access-Control-Request-Headers": "authorization"})
-    assert preflight.status_code == 200 and "authorization" in preflight.headers["access-control-allow-headers"]
-    refused = c.post("/v1/completions", json={"prompt": "a"}, headers={"Origin": "https://chat.example"})
+    preflight = c.options(
+        "/v1/completions", headers=asked | {"Access-Control-Request-Headers": "authorization"}
+    )
+    assert (
+        preflight.status_code == 200
+        and "authorization" in preflight.headers["access-control-allow-headers"]
+    )
+    refused = c.post(
+        "/v1/completions", json={"prompt": "a"}, headers={"Origin": "https://chat.example"}
+    )
     assert refused.status_code == 401 and "access-control-allow-origin" in refused.headers
 
 
@@ -79,12 +101,30 @@ def test_the_key_is_asked_for(caplog: pytest.LogCaptureFixture) -> None:
     c = client(api_key=KEY)
     for path in ("/", "/app.js", "/style.css", "/health"):
         assert status(c, path) == 200, path
-    for path in ("/v1/models", "/metrics", "/props", "/slots", "/v1/nothing", "/v1/completions", "/health/"):
+    for path in (
+        "/v1/models",
+        "/metrics",
+        "/props",
+        "/slots",
+        "/v1/nothing",
+        "/v1/completions",
+        "/health/",
+    ):
         assert status(c, path) == 401, path
     right = [f"Bearer {KEY}".encode(), f"bearer  {KEY} ".encode()]
-    wrong = [b"", b"Bearer", b"Bearer ", KEY.encode(), f"Basic {KEY}".encode(), b"Bearer sk-p", b"Bearer \xff\xfe"]
+    wrong = [
+        b"",
+        b"Bearer",
+        b"Bearer ",
+        KEY.encode(),
+        f"Basic {KEY}".encode(),
+        b"Bearer sk-p",
+        b"Bearer \xff\xfe",
+    ]
     wrong += [f"Bearer {KEY}x".encode(), f"Bearer {KEY.upper()}".encode()]
-    assert [c.get("/v1/models", headers={b"Authorization": h}).status_code for h in right] == [200] * len(right)
+    assert [c.get("/v1/models", headers={b"Authorization": h}).status_code for h in right] == [
+        200
+    ] * len(right)
     for header in wrong:
         answer = c.get("/v1/models", headers={b"Authorization": header})
         assert answer.status_code == 401 and answer.headers["www-authenticate"] == "Bearer"
@@ -124,10 +164,18 @@ def test_slow_bodies_are_given_up() -> None:
             sent.append(message)
 
         scope = {
-            "type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/", "query_string": b"",
-            "root_path": "", "headers": [(b"host", b"localhost")], "scheme": "http", "http_version": "1.1",
-            "server": ("localhost", 80), "client": None,
-        }  # fmt: skip
+            "type": "http",
+            "method": "POST",
+            "path": "/v1/completions",
+            "raw_path": b"/",
+            "query_string": b"",
+            "root_path": "",
+            "headers": [(b"host", b"localhost")],
+            "scheme": "http",
+            "http_version": "1.1",
+            "server": ("localhost", 80),
+            "client": None,
+        }
         await app(scope, receive, send)
         return sent
 
@@ -136,11 +184,19 @@ def test_slow_bodies_are_given_up() -> None:
 
 
 def test_the_page_is_guarded_by_its_policy() -> None:
-    for path, kind in {"/": "text/html", "/style.css": "text/css", "/app.js": "text/javascript"}.items():
+    for path, kind in {
+        "/": "text/html",
+        "/style.css": "text/css",
+        "/app.js": "text/javascript",
+    }.items():
         page = client().get(path)
         assert page.status_code == 200 and page.headers["content-type"].startswith(kind)
         policy = page.headers["content-security-policy"]
-        assert "default-src 'none'" in policy and "unsafe" not in policy and "frame-ancestors 'none'" in policy
+        assert (
+            "default-src 'none'" in policy
+            and "unsafe" not in policy
+            and "frame-ancestors 'none'" in policy
+        )
 
 
 def test_loopback() -> None:

@@ -1,4 +1,4 @@
-"""Training: it learns, it can be stopped anywhere and resumed to the bit, and what it writes is whole."""
+"""Training: it learns, stops anywhere and resumes to the bit, and writes whole files."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ from model.errors import DataError, OutputError, UsageError
 from model.heads.hydra import HydraHeads
 from model.heads.medusa import HeadsConfig, MedusaHeads
 from model.training import trainer as trainer_module
-from model.training.batches import Batches
 from model.training.checkpoints import read_run
+from model.training.data.samples import Sample
+from model.training.learner import learning_rate
 from model.training.options import TrainOptions
-from model.training.teaching import Lesson, heads_loss
-from model.training.text import Sample
-from model.training.trainer import Trainer, learning_rate
+from model.training.states.batches import Batches
+from model.training.teaching import Teacher, heads_loss
+from model.training.trainer import Trainer
 from model.training.tuned_tree import NODES
 
-DIM, VOCAB = 16, 30
+DIM = 16
+VOCAB = 30
 OPTIONS = TrainOptions(
-    head_type="medusa", loss="ce", k_heads=2, epochs=2, learning_rate=1e-2, gradient_accumulation_steps=2,
-    weight_decay=0.01,
+    head_type="medusa", loss="ce", k_heads=2, epochs=2, learning_rate=1e-2,
+    gradient_accumulation_steps=2, weight_decay=0.01,
 )  # fmt: skip
 
 
@@ -62,20 +64,31 @@ class Nothing(Counting):
             yield None
 
 
-def build(folder: Path, options: TrainOptions = OPTIONS, states: Counting | None = None, **config: Any) -> Trainer:
+def build(
+    folder: Path, options: TrainOptions = OPTIONS, states: Counting | None = None, **config: Any
+) -> Trainer:
     torch.manual_seed(0)
     states = states or Counting()
-    shape = HeadsConfig(2, DIM, VOCAB, **config, head_type=options.head_type)
+    shape = HeadsConfig(k_heads=2, dim=DIM, vocab=VOCAB, **config, head_type=options.head_type)
     heads = MedusaHeads(shape, torch.randn(VOCAB, DIM))
     if options.head_type == "hydra":
         heads = HydraHeads(shape, heads.lm_head, torch.randn(VOCAB, DIM))
-    train, check = Batches(states, range(50), 2, 64), Batches(states, range(50, 60), 2, 64)
+    train = Batches(states, range(50), 2, 64)
+    check = Batches(states, range(50, 60), 2, 64)
     facts: dict[str, Any] = {
-        "heads_fingerprint": "h", "base_fingerprint": "b", "base_name": "n", "base_file_type": "F32",
+        "heads_fingerprint": "h", "base_fingerprint": "b", "base_name": "n",
+        "base_file_type": "F32",
         "token_counts": np.ones(VOCAB, np.int64), "training": {},
     }  # fmt: skip
     return Trainer(
-        heads, train, check, options, folder, facts=facts, identity={"text": "1"}, teacher=torch.randn(VOCAB, DIM)
+        heads,
+        train,
+        check,
+        options,
+        folder,
+        facts=facts,
+        identity={"text": "1"},
+        teacher=torch.randn(VOCAB, DIM),
     )
 
 
@@ -98,7 +111,9 @@ def stop_at(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("config", [{}, {"lm_head": "own"}, {"head_layers": 2, "hidden_dim": 8}])
 def test_heads_learn_to_count(tmp_path: Path, config: dict[str, Any]) -> None:
     result = build(
-        tmp_path, replace(OPTIONS, epochs=6, learning_rate=5e-2, gradient_accumulation_steps=1), **config
+        tmp_path,
+        replace(OPTIONS, epochs=6, learning_rate=5e-2, gradient_accumulation_steps=1),
+        **config,
     ).fit()
     assert not result.interrupted
     assert min(result.evaluations[-1].top1) > 0.9
@@ -107,7 +122,7 @@ def test_heads_learn_to_count(tmp_path: Path, config: dict[str, Any]) -> None:
 
 
 class Halves(Counting):
-    """Texts of a token by chance and the one behind it, in turn; states tell the token they stand at."""
+    """Texts of a token by chance and the one behind it, in turn; states encode their own token."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,13 +145,17 @@ def test_only_hydra_learns_what_hangs_on_drafted_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize("lm_head", ["tied", "own"])
 def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
     torch.manual_seed(0)
-    heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head=lm_head), torch.randn(VOCAB, DIM), 0.5, 10.0)
+    config = HeadsConfig(k_heads=3, dim=DIM, vocab=VOCAB, lm_head=lm_head)
+    heads = MedusaHeads(config, torch.randn(VOCAB, DIM), 0.5, 10.0)
     with torch.no_grad():
         heads.weight.normal_(std=0.3)
-    states, targets = torch.randn(40, DIM), torch.randint(-1, VOCAB, (40, 3))
+    states = torch.randn(40, DIM)
+    targets = torch.randint(-1, VOCAB, (40, 3))
     targets[:, 2] = -1
     logits = heads.logits(states)
-    wanted = sum(0.8**k * F.cross_entropy(logits[k], targets[:, k], ignore_index=-1) for k in range(2))
+    wanted = sum(
+        0.8**k * F.cross_entropy(logits[k], targets[:, k], ignore_index=-1) for k in range(2)
+    )
     assert isinstance(wanted, Tensor)
     found = heads_loss(heads, states, targets, targets)
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
@@ -149,34 +168,46 @@ def test_loss_is_the_weighted_sum_of_means(lm_head: Any) -> None:
 def test_the_base_model_teaches_head_k_by_the_state_k_places_on(lm_head: Any) -> None:
     torch.manual_seed(0)
     base = torch.randn(VOCAB, DIM)
-    heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head=lm_head), base, 0.5, 10.0)
+    config = HeadsConfig(k_heads=3, dim=DIM, vocab=VOCAB, lm_head=lm_head)
+    heads = MedusaHeads(config, base, 0.5, 10.0)
     with torch.no_grad():
         heads.weight.normal_(std=0.3)
         if lm_head == "own":
             heads.lm_head.normal_()  # the teacher's stays as it is
     (batch,) = Batches(Counting(4), range(4), 3, 1000).epoch()
     around = batch.around.float()
-    lesson = Lesson(base, around, batch.places, 1.5, 0.7)
-    found = heads_loss(heads, around[batch.places], batch.tokens, batch.targets, lesson)
-    logits, capped = heads.logits(around[batch.places]), 10 * torch.tanh(0.5 * around @ base.T / 10)
+    teacher = Teacher(
+        lm_head=base, around=around, places=batch.places, temperature=1.5, kd_weight=0.7
+    )
+    found = heads_loss(heads, around[batch.places], batch.tokens, batch.targets, teacher)
+    logits = heads.logits(around[batch.places])
+    capped = 10 * torch.tanh(0.5 * around @ base.T / 10)
     wanted = torch.zeros(())
     for k in range(3):
         valid = batch.targets[:, k] >= 0
-        student, teacher = logits[k, valid], capped[batch.places[valid] + 1 + k]
+        student = logits[k, valid]
+        base_logits = capped[batch.places[valid] + 1 + k]
         kl = F.kl_div(
-            (student / 1.5).log_softmax(1), (teacher / 1.5).log_softmax(1), log_target=True, reduction="batchmean"
+            (student / 1.5).log_softmax(1),
+            (base_logits / 1.5).log_softmax(1),
+            log_target=True,
+            reduction="batchmean",
         )
         hard = F.cross_entropy(student, batch.targets[valid, k])
         wanted = wanted + 0.8**k * (0.7 * 1.5**2 * kl + 0.3 * hard)
     assert float(found.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
-    (a,), (b,) = torch.autograd.grad(found, heads.weight), torch.autograd.grad(wanted, heads.weight)
+    (a,) = torch.autograd.grad(found, heads.weight)
+    (b,) = torch.autograd.grad(wanted, heads.weight)
     assert torch.allclose(a, b, atol=1e-6)
 
 
 def test_own_lm_heads_share_one_gradient() -> None:
     """Indexing (K,V,D) K times would make K gradients of that size."""
-    heads = MedusaHeads(HeadsConfig(3, DIM, VOCAB, lm_head="own"), torch.randn(VOCAB, DIM))
-    waiting: list[Any] = [heads_loss(heads, torch.randn(9, DIM), *torch.randint(0, VOCAB, (2, 9, 3))).grad_fn]
+    config = HeadsConfig(k_heads=3, dim=DIM, vocab=VOCAB, lm_head="own")
+    heads = MedusaHeads(config, torch.randn(VOCAB, DIM))
+    waiting: list[Any] = [
+        heads_loss(heads, torch.randn(9, DIM), *torch.randint(0, VOCAB, (2, 9, 3))).grad_fn
+    ]
     readers = set()
     while waiting:
         node = waiting.pop()
@@ -190,11 +221,18 @@ def test_own_lm_heads_share_one_gradient() -> None:
 def test_everything_is_written(tmp_path: Path) -> None:
     result = build(tmp_path).fit()
     names = {path.name for path in tmp_path.iterdir()}
-    folders = {"medusa_heads_best", "medusa_heads_latest", "medusa_heads_epoch_1", "medusa_heads_epoch_2"}
+    folders = {
+        "medusa_heads_best",
+        "medusa_heads_latest",
+        "medusa_heads_epoch_1",
+        "medusa_heads_epoch_2",
+    }
     assert names == folders | {"metrics.jsonl", "training.png", "runs"}
     config = json.loads((result.best / "config.json").read_text())
     assert np.array(config["rank_accuracies"]).shape == (2, 10)
-    assert config["training"]["validation"]["tree_length"] == max(e.tree_length for e in result.evaluations)
+    assert config["training"]["validation"]["tree_length"] == max(
+        e.tree_length for e in result.evaluations
+    )
     assert weights(result.best)["token_counts"].tolist() == [1] * VOCAB
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     checks = [line for line in lines if line["kind"] == "validation"]
@@ -204,7 +242,9 @@ def test_everything_is_written(tmp_path: Path) -> None:
     assert list((tmp_path / "runs").iterdir())
 
 
-@pytest.mark.parametrize(("step", "loss"), [(1, "ce"), (5, "ce"), (8, "ce"), (11, "ce"), (1, "kd"), (11, "kd")])
+@pytest.mark.parametrize(
+    ("step", "loss"), [(1, "ce"), (5, "ce"), (8, "ce"), (11, "ce"), (1, "kd"), (11, "kd")]
+)
 def test_stopped_and_resumed_is_equal_to_the_bit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int, loss: Any
 ) -> None:
@@ -223,17 +263,22 @@ def test_stopped_and_resumed_is_equal_to_the_bit(
     result = again.fit()
     assert not result.interrupted
     for folder in ("medusa_heads_best", "medusa_heads_latest", "medusa_heads_epoch_2"):
-        a, b = weights(tmp_path / "whole" / folder), weights(tmp_path / "parts" / folder)
+        a = weights(tmp_path / "whole" / folder)
+        b = weights(tmp_path / "parts" / folder)
         assert all(torch.equal(a[name], b[name]) for name in a), folder
     a, b = (read_run(tmp_path / name) for name in ("whole", "parts"))
     assert a["progress"] == b["progress"]
-    figures = [[(x["kind"], x["step"], x["loss"]) for x in map(json.loads, (tmp_path / name / "metrics.jsonl").open())]
-               for name in ("whole", "parts")]  # fmt: skip
+    figures = []
+    for name in ("whole", "parts"):
+        rows = map(json.loads, (tmp_path / name / "metrics.jsonl").open())
+        figures.append([(row["kind"], row["step"], row["loss"]) for row in rows])
     assert sorted(set(figures[0]) - set(figures[1])) == []
     assert len(figures[1]) == len(set(figures[1]))
 
 
-def test_a_run_that_goes_on_elsewhere_has_a_best_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_goes_on_elsewhere_has_a_best_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with monkeypatch.context() as patch:
         stop_at(11, patch)
         build(tmp_path / "here").fit()
@@ -253,8 +298,10 @@ def test_a_run_that_ended_has_nothing_left_to_do(tmp_path: Path) -> None:
     assert (tmp_path / "medusa_heads_latest" / "trainer_state.safetensors").read_bytes() == before
 
 
-def test_lost_lines_of_the_record_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kill after `latest` was saved: figures of steps that are done again must not stand twice."""
+def test_lost_lines_of_the_record_are_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A kill after `latest` was saved: figures of steps done again must not be there twice."""
     with monkeypatch.context() as patch:
         stop_at(4, patch)
         build(tmp_path).fit()
@@ -263,7 +310,9 @@ def test_lost_lines_of_the_record_are_dropped(tmp_path: Path, monkeypatch: pytes
     again = build(tmp_path)
     again.resume(tmp_path)
     again.fit()
-    steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    ]
     assert steps == sorted(steps)
     assert 6 not in steps
 
@@ -277,17 +326,22 @@ def test_another_run_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"another k_heads \(2, now 3\)"):
         build(tmp_path, replace(OPTIONS, k_heads=3)).resume(tmp_path)
     other = build(tmp_path)
-    other.identity = {"text": "2"}
+    other.folder.identity = {"text": "2"}
     with pytest.raises(UsageError, match="another text"):
         other.resume(tmp_path)
     with pytest.raises(UsageError, match="no run to go on with"):
         other.resume(tmp_path / "nowhere")
 
 
-def test_a_run_whose_heads_will_not_fit_is_not_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run, usage = build(tmp_path), shutil.disk_usage(tmp_path)
-    heads = 4 * sum(p.numel() for p in run.parameters.values())
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=heads * (run.options.epochs + 8)))
+def test_a_run_whose_heads_will_not_fit_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = build(tmp_path)
+    usage = shutil.disk_usage(tmp_path)
+    heads = 4 * sum(p.numel() for p in run.learner.parameters.values())
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda _: usage._replace(free=heads * (run.options.epochs + 8))
+    )
     with pytest.raises(OutputError, match=r"medusa_heads_latest: .* are needed"):
         run.fit()
     assert not list(tmp_path.iterdir())
@@ -298,7 +352,9 @@ def test_no_usable_states(tmp_path: Path) -> None:
         build(tmp_path, states=Nothing()).fit()
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loss_that_is_no_number_stops_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = build(tmp_path)
     with torch.no_grad():
         run.heads.weight[0, 0, 0, 0] = float("inf")
@@ -313,11 +369,14 @@ def stage(lengths: Iterable[float], patch: pytest.MonkeyPatch) -> None:
     patch.setattr(trainer_module, "simulated_length", lambda *args: next(given))
 
 
-def test_best_is_the_epoch_whose_tree_accepts_most(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_best_is_the_epoch_whose_tree_accepts_most(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stage([2.0, 3.0, 2.5], monkeypatch)
     result = build(tmp_path, replace(OPTIONS, epochs=3)).fit()
     assert len(result.evaluations) == 3
-    best, second = weights(tmp_path / "medusa_heads_best"), weights(tmp_path / "medusa_heads_epoch_2")
+    best = weights(tmp_path / "medusa_heads_best")
+    second = weights(tmp_path / "medusa_heads_epoch_2")
     assert all(torch.equal(best[name], second[name]) for name in best)
 
 
@@ -335,7 +394,8 @@ def test_patience_ends_a_run_that_brings_nothing_more(
     longer = build(tmp_path, replace(options, patience=3))  # free to change: the run goes on
     longer.resume(tmp_path)
     assert [e.tree_length for e in longer.fit().evaluations] == [4.0]
-    best, last = weights(tmp_path / "medusa_heads_best"), weights(tmp_path / "medusa_heads_epoch_5")
+    best = weights(tmp_path / "medusa_heads_best")
+    last = weights(tmp_path / "medusa_heads_epoch_5")
     assert all(torch.equal(best[name], last[name]) for name in best)
 
 

@@ -22,7 +22,8 @@ def drawn(n: int, seed: int = 0) -> npt.NDArray[np.int8]:
 
 def test_length_is_counted_along_each_positions_path() -> None:
     ranks = drawn(500)
-    ranks[::7, 2], ranks[::11, 1:] = -1, -1
+    ranks[::7, 2] = -1
+    ranks[::11, 1:] = -1
     found = simulated_length(RATES, ranks, 9)
     tree = set(grow(RATES, 8))
     wanted = 1.0
@@ -34,7 +35,7 @@ def test_length_is_counted_along_each_positions_path() -> None:
 
 
 def test_length_is_the_expected_one_where_heads_are_independent() -> None:
-    """20,000 draws: four standard errors are below 0.03, one false alarm in 16,000; the seed is fixed besides."""
+    """20,000 draws: four standard errors are below 0.03, one false alarm in 16,000; fixed seed."""
     expected = float(expected_lengths(RATES, grow(RATES, 8))[-1])
     assert simulated_length(RATES, drawn(20_000), 9) == pytest.approx(expected, abs=0.03)
     together = drawn(20_000)

@@ -1,4 +1,4 @@
-"""Figures of a validation, against a count by hand; and batches of positions, which training eats too."""
+"""Figures of a validation, against a count by hand; and batches of positions for training."""
 
 from __future__ import annotations
 
@@ -13,37 +13,42 @@ from torch.nn import functional as F
 
 from model.heads.hydra import HydraHeads
 from model.heads.medusa import HeadsConfig, MedusaHeads
-from model.training.batches import Batch, Batches, head_targets
+from model.training.data.samples import Sample
 from model.training.evaluation import RANKS, evaluate
-from model.training.text import Sample
+from model.training.states.batches import Batch, Batches, head_targets
 
 
 class Known:
     """States that carry their sample and position, so that a test sees where each row came from."""
 
     def __init__(self, samples: list[Sample], missing: Sequence[int] = ()) -> None:
-        self.samples, self.missing = samples, set(missing)
+        self.samples = samples
+        self.missing = set(missing)
         self.reads: list[int] = []
 
     def read(self, order: Sequence[int], since: int = 0) -> Iterator[Tensor | None]:
         for i in order[since:]:
             self.reads.append(i)
             at = torch.arange(len(self.samples[i].tokens))
-            yield None if i in self.missing else torch.stack([torch.full_like(at, i), at], 1).float()
+            yield (
+                None if i in self.missing else torch.stack([torch.full_like(at, i), at], 1).float()
+            )
 
 
 def random_samples(n: int = 30, seed: int = 0) -> list[Sample]:
     rng = np.random.default_rng(seed)
     lengths = rng.integers(1, 40, n)
     return [
-        Sample(str(i), i, rng.integers(0, 50, t).astype(np.int32), rng.random(t) < 0.7) for i, t in enumerate(lengths)
+        Sample(str(i), i, rng.integers(0, 50, t).astype(np.int32), rng.random(t) < 0.7)
+        for i, t in enumerate(lengths)
     ]
 
 
 def test_targets_of_a_sample() -> None:
     sample = Sample("a", 0, np.arange(10, 16, dtype=np.int32), np.array([0, 0, 1, 1, 0, 1], bool))
-    assert head_targets(sample, 3).tolist() == [[12, 13, -1], [13, -1, 15], [-1, 15, -1], [15, -1, -1],
-                                                [-1, -1, -1], [-1, -1, -1]]  # fmt: skip
+    assert head_targets(sample, 3).tolist() == [
+        [12, 13, -1], [13, -1, 15], [-1, 15, -1], [15, -1, -1], [-1, -1, -1], [-1, -1, -1]
+    ]  # fmt: skip
 
 
 def test_batches_hold_each_position_once_with_its_targets() -> None:
@@ -57,7 +62,9 @@ def test_batches_hold_each_position_once_with_its_targets() -> None:
     assert sum(len(b.states) for b in found) == batches.n_positions
     seen = set()
     for batch in found:
-        rows = zip(batch.states.long().tolist(), batch.tokens.tolist(), batch.targets.tolist(), strict=True)
+        rows = zip(
+            batch.states.long().tolist(), batch.tokens.tolist(), batch.targets.tolist(), strict=True
+        )
         for n, ((i, t), tokens, wanted) in enumerate(rows):
             seen.add((i, t))
             behind = samples[i].tokens[t + 1 : t + 4].tolist()
@@ -87,7 +94,9 @@ def test_an_epoch_can_be_entered_anywhere(since: int) -> None:
         assert torch.equal(a.tokens, b.tokens)
         assert torch.equal(a.targets, b.targets)
         assert torch.equal(a.around, b.around) and torch.equal(a.places, b.places)
-    assert not torch.equal(next(batches.epoch([0, 2])).states, whole[0].states), "each epoch has an order of its own"
+    assert not torch.equal(next(batches.epoch([0, 2])).states, whole[0].states), (
+        "each epoch has an order of its own"
+    )
 
 
 def test_samples_without_states_teach_nothing() -> None:
@@ -102,15 +111,18 @@ def test_samples_without_states_teach_nothing() -> None:
 @pytest.mark.parametrize("head_type", ["medusa", "hydra"])
 def test_figures_against_a_count_by_hand(head_type: Literal["medusa", "hydra"]) -> None:
     torch.manual_seed(0)
-    heads = MedusaHeads(HeadsConfig(3, 8, 20), torch.randn(20, 8), soft_cap=5.0)
+    config = HeadsConfig(k_heads=3, dim=8, vocab=20)
+    heads = MedusaHeads(config, torch.randn(20, 8), soft_cap=5.0)
     if head_type == "hydra":
-        heads = HydraHeads(HeadsConfig(3, 8, 20), torch.randn(20, 8), torch.randn(20, 8), soft_cap=5.0)
+        heads = HydraHeads(config, torch.randn(20, 8), torch.randn(20, 8), soft_cap=5.0)
     with torch.no_grad():
         for parameter in heads.parameters():
             parameter.normal_(std=0.5)
-    states, targets = torch.randn(300, 8), torch.randint(-1, 20, (300, 3))
+    states = torch.randn(300, 8)
+    targets = torch.randint(-1, 20, (300, 3))
     tokens = torch.randint(0, 20, (300, 3))
-    for k in range(3):  # enough hits for the later heads; what Hydra heads read are the tokens before
+    # enough hits for the later heads; what Hydra heads read are the tokens before
+    for k in range(3):
         with torch.no_grad():
             guesses = heads.logits(states, tokens)[k].argmax(-1)
         targets[:, k] = torch.where(torch.rand(300) < 0.5, guesses, targets[:, k])
@@ -134,7 +146,9 @@ def test_figures_against_a_count_by_hand(head_type: Literal["medusa", "hydra"]) 
                 break
     for k in range(3):
         valid = targets[:, k] >= 0
-        assert found.losses[k] == pytest.approx(float(F.cross_entropy(logits[k][valid], targets[valid, k])), rel=1e-5)
+        assert found.losses[k] == pytest.approx(
+            float(F.cross_entropy(logits[k][valid], targets[valid, k])), rel=1e-5
+        )
         best = logits[k][valid].topk(5).indices == targets[valid, k][:, None]
         assert found.top1[k] == pytest.approx(float(best[:, 0].float().mean()))
         assert found.top5[k] == pytest.approx(float(best.any(1).float().mean()))

@@ -1,0 +1,58 @@
+"""Acceptance rates: they begin at the prior, go where the records go, and forget."""
+
+from __future__ import annotations
+
+import pytest
+
+from model.planning.acceptance_rate import DECAY, PRIOR_WEIGHT, AcceptanceRate
+
+
+def test_nothing_seen_is_the_prior() -> None:
+    assert AcceptanceRate(0.7).mean == pytest.approx(0.7)
+
+
+def test_the_prior_counts_for_so_many_tries() -> None:
+    rate = AcceptanceRate(0.5)
+    for accepted in (True, True, False, True):
+        rate.record(accepted)
+    assert rate.mean == pytest.approx((3 + 0.5 * PRIOR_WEIGHT) / (4 + PRIOR_WEIGHT))
+
+
+@pytest.mark.parametrize("prior", [0.0, 0.4, 1.0])
+def test_much_evidence_outweighs_the_prior(prior: float) -> None:
+    rate = AcceptanceRate(prior)
+    for i in range(3000):
+        rate.record(i % 3 == 0)
+    assert rate.mean == pytest.approx(1 / 3, abs=0.001)
+
+
+def test_decay_keeps_the_share_and_lets_the_prior_come_back() -> None:
+    rate = AcceptanceRate(0.5)
+    for _ in range(20):
+        rate.record(True)
+    before = rate.mean
+    rate.decay()
+    assert (rate.tries, rate.accepted) == pytest.approx((20 * DECAY, 20 * DECAY))
+    assert 0.5 < rate.mean < before
+    for _ in range(300):
+        rate.decay()
+    assert rate.mean == pytest.approx(0.5)
+
+
+def test_after_decay_new_records_count_for_more() -> None:
+    fresh, tired = AcceptanceRate(0.5), AcceptanceRate(0.5)
+    for rate in (fresh, tired):
+        for _ in range(20):
+            rate.record(True)
+    fresh.decay(0.1)
+    for rate in (fresh, tired):
+        for _ in range(5):
+            rate.record(False)
+    assert fresh.mean < tired.mean
+
+
+def test_a_ratio_to_what_another_estimate_expects() -> None:
+    rate = AcceptanceRate(1.0)
+    for i in range(4000):
+        rate.record(i % 4 == 0, 0.5)
+    assert rate.mean == pytest.approx(0.5, abs=0.01), "a quarter where half was expected"
