@@ -170,7 +170,8 @@ def main(
             results[case] = measure_case((former, present), case, prompts, max_tokens, rounds)
             click.echo(describe(case, results[case]))
     content = {
-        "command": " ".join(["python", "benchmarks/run_loop.py", *sys.argv[1:]]),
+        "command": f"python benchmarks/run_loop.py --before {os.path.relpath(before, ROOT)} "
+        f"--rounds {rounds} --threads {threads}",
         "commits": {"before": commit(before), "after": commit(ROOT)},
         "model": MODEL.name,
         "threads": threads,
