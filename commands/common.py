@@ -14,12 +14,11 @@ import click
 from config import Settings
 from model.decoding.decoder import Decoder
 from model.decoding.drafters.sources import SOURCE_ALIASES, SOURCES, parse_sources
-from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
 from model.engine import Engine
 from model.loaded_model import LoadedModel, LoadOptions
 from model.planning.choice import DraftOptions, choose, trial_requests
-from model.planning.prompt_files import HELD_OUT, TRIAL, read_prompt_file
+from model.planning.prompt_files import HELD_OUT
 
 
 def set_logging(settings: Settings) -> None:
@@ -50,11 +49,6 @@ def load_model(settings: Settings, heads_path: Path | None = None) -> LoadedMode
         load_options(settings),
         heads_path=heads_path or settings.medusa_weights_path,
     )
-
-
-def trial(loaded: LoadedModel, sampling: SamplingParams) -> list[Request]:
-    """Return the requests that drafts are measured on."""
-    return trial_requests(loaded, read_prompt_file(TRIAL), sampling)
 
 
 def draft_options(
@@ -96,7 +90,10 @@ def open_engine(chat_template: str = "auto", **drafting: Any) -> Engine:
 def open_decoder(loaded: LoadedModel, sampling: SamplingParams, **drafting: Any) -> Decoder:
     """Make the decoder that the options ask for; drafting: as `draft_options` takes it."""
     chosen = choose(
-        loaded, draft_options(**drafting), trial(loaded, sampling), on_measure=say_measuring
+        loaded,
+        draft_options(**drafting),
+        trial_requests(loaded, sampling),
+        on_measure=say_measuring,
     )
     return loaded.decoder(chosen.policy, chosen.drafters)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from commands.common import load_model, prompts_option, trial
+from commands.common import load_model, prompts_option
 from config import Settings
 from model.decoding.decoder import Decoder
 from model.decoding.request import Request
@@ -21,6 +21,7 @@ from model.decoding.sampling import SamplingParams
 from model.evaluation.report import check_writable
 from model.loaded_model import LoadedModel
 from model.planning.auto_tuning import Tuning, adaptive_decoder, tuned
+from model.planning.choice import trial_requests
 from model.planning.prompt_files import read_prompt_file
 from model.trees.tree import Tree
 
@@ -105,7 +106,7 @@ def measured(loaded: LoadedModel, sampling: SamplingParams, draft_vocab: int | N
         click.echo(f"no heads for {loaded.file.name}: only n-grams can draft", err=True)
     return tuned(
         loaded,
-        trial(loaded, sampling),
+        trial_requests(loaded, sampling),
         heads=heads,
         draft_vocab=draft_vocab,
         afresh=True,

@@ -41,8 +41,7 @@ from model.decoding.statistics import DraftStatistics
 from model.errors import DataError, UsageError
 from model.heads.known_heads import HEADS_FOLDER
 from model.loaded_model import LoadedModel, LoadOptions
-from model.planning.choice import Drafting, DraftOptions, choose, trial_requests
-from model.planning.prompt_files import TRIAL, read_prompt_file
+from model.planning.choice import DraftOptions, choose, trial_requests
 
 __all__ = ["Completion", "DraftOptions", "Engine", "LoadOptions", "SamplingParams", "Stream"]
 TextOrTokens = str | list[int]  # text, or token ids
@@ -282,21 +281,15 @@ class Engine:
             return self._stream(prompt, sampling, max_tokens, stop)
 
     @cached_property
-    def _drafting(self) -> Drafting:
-        """The draft policy and its drafters: measured at the first use."""
-        trial = trial_requests(self.loaded, read_prompt_file(TRIAL), SamplingParams())
-        return choose(
+    def _decoder(self) -> Decoder:
+        """The decoder that everything runs on: what it drafts is measured at the first use."""
+        policy, drafters, _ = choose(
             self.loaded,
             self._draft,
-            trial,
+            trial_requests(self.loaded, SamplingParams()),
             max_leaves=MAX_SEQUENCES // self._n_parallel,
             on_measure=self._on_measure,
         )
-
-    @cached_property
-    def _decoder(self) -> Decoder:
-        """The decoder that everything runs on: made at the first use."""
-        policy, drafters, _ = self._drafting
         return self.loaded.shared_decoder(policy, drafters, n_parallel=self._n_parallel)
 
     def _encode(self, prompt: TextOrTokens) -> list[int]:

@@ -6,7 +6,6 @@ drafts are worth their time.
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -39,7 +38,6 @@ from model.trees.tree import Tree
 if TYPE_CHECKING:
     from model.heads.medusa import MedusaHeads
 
-log = logging.getLogger(__name__)
 # Of the training text: drafts are made of the tokens that make up so much of it.
 DRAFT_VOCAB_COVERAGE = 0.999
 MIN_CONTEXT = 8  # tokens: a prompt, its answer, and room to measure steps

@@ -126,6 +126,10 @@ class Decoder:
     def run(self, request: Request, **options: Any) -> Sequence:
         """Generate on an empty cache from beginning to end."""
         sequence = self.start(request, **options)
+        self.finish(sequence)
+        return sequence
+
+    def finish(self, sequence: Sequence) -> None:
+        """Step until a queued sequence is finished."""
         while not sequence.finished:
             self.scheduler.step()
-        return sequence

@@ -62,12 +62,13 @@ class Detokenizer:
         last: nothing follows. Then held-back text is certain, half a character becomes a
         replacement character, and the token before a stop string may lose its end.
         """
-        rest = self._decoder.decode(b"", True) if last and not self.stopped else ""
+        ends_here = last and not self.stopped
+        rest = self._decoder.decode(b"", True) if ends_here else ""
         if not self._stop:
             texts = self._texts
             self._texts = []
             return "".join(texts) + rest, texts
-        if rest or (last and not self.stopped):
+        if ends_here:
             self._held += rest
             self._n_certain = len(self._held)
         certain = self._held[: self._n_certain]

@@ -130,8 +130,7 @@ def _generate_with_fault(
                 sequence.continuation_drafters[NGRAM] = _WrongContinuation()
             if fault.kind is LlamaBase:
                 sequence.sampler = _SecondBest(request.sampling)
-            while not sequence.finished:
-                decoder.scheduler.step()
+            decoder.finish(sequence)
             sequence.sampler = Sampler(request.sampling)
             sequences.append(sequence)
     return sequences

@@ -161,8 +161,7 @@ def generate(decoder: Decoder, request: Request, known: list[int] | None = None)
     sequence = decoder.start(request, keep_logits=True)
     if not decoder.drafters.trees and known is not None:
         sequence.tree_drafters[HEADS] = KnowingDrafter(known, sequence.tokens, decoder.base.n_vocab)
-    while not sequence.finished:
-        decoder.scheduler.step()
+    decoder.finish(sequence)
     return sequence
 
 

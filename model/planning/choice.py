@@ -19,6 +19,7 @@ from model.decoding.sampling import SamplingParams
 from model.errors import ModelFileError, UsageError
 from model.loaded_model import LoadedModel, new_drafters
 from model.planning.auto_tuning import MAX_CONTINUATION, adaptive_policy, tuned
+from model.planning.prompt_files import TRIAL, read_prompt_file
 from model.trees.tree import MAX_LEAVES, Tree
 
 TRIAL_TOKENS = 64
@@ -51,15 +52,13 @@ class Drafting(NamedTuple):
     description: str
 
 
-def trial_requests(
-    loaded: LoadedModel, texts: Sequence[str], sampling: SamplingParams
-) -> list[Request]:
+def trial_requests(loaded: LoadedModel, sampling: SamplingParams) -> list[Request]:
     """Return the requests that drafts are measured on.
 
     Their prompts fill half of the context at the most.
     """
     most = loaded.context // 2
-    prompts = [encode_prompt(loaded.base_model, text)[:most] for text in texts]
+    prompts = [encode_prompt(loaded.base_model, text)[:most] for text in read_prompt_file(TRIAL)]
     return [
         Request(prompt=prompt, max_tokens=TRIAL_TOKENS, sampling=sampling) for prompt in prompts
     ]

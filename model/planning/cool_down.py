@@ -9,9 +9,8 @@ from __future__ import annotations
 # longest.
 FIRST_PAUSE = 64
 LONGEST_PAUSE = 256  # steps: a sequence that becomes predictable must not wait much longer
-RETRY_SPEEDUP = (
-    0.7  # of plain decoding's speed: a source that promises less is not even tried again
-)
+# A source that promises less than this part of plain decoding's speed is not even tried again.
+RETRY_SPEEDUP = 0.7
 
 
 class CoolDown:

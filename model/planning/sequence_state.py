@@ -17,18 +17,17 @@ from model.planning.cool_down import RETRY_SPEEDUP, CoolDown
 from model.planning.node_budget import MIN_SPEEDUP, Counts, Expectation, Frontier, NodeBudget
 from model.planning.sources import SourceModel
 
-FIRST_REFRESH = (
-    4  # steps to the first look at what drafting earns; each later distance is twice as long, up to
-)
+# Steps to the first look at what drafting earns; each later distance is twice as long, up to
+# REFRESH.
+FIRST_REFRESH = 4
 REFRESH = 16  # steps: a refresh takes some 0.3 ms, a step of the smallest models 0.6
 TRIAL_STEPS = 1  # in which a source is tried again before it is judged
 # Of what was seen before a pause: it was long ago. In tests/simulation.py 0.8 takes longer to find
 # drafts that have become good, and 0.5 costs 1 % where four sequences share useless heads.
 RETRY_DECAY = 0.65
 
-Evidence = tuple[
-    int, ...
-]  # by source: how much speaks for a draft in this step; 0: it cannot draft
+# By source: how much speaks for a draft in this step; 0: it cannot draft.
+Evidence = tuple[int, ...]
 Choose = abc.Callable[["SequenceState", Evidence], Counts]  # what it should draft, were it alone
 
 

@@ -14,22 +14,18 @@ from model.trees.costs import CostCurve
 
 Float64Array = npt.NDArray[np.float64]
 
-FIRST_PLAIN_STEPS = (
-    2  # without drafts, of which the faster one counts, to see what drafting is held against
-)
-DRAFTED_IN_A_ROW = (
-    48  # steps with drafts, then one without, or nobody would notice that those have become cheap
-)
+# Steps without drafts, of which the faster one counts, to see what drafting is held against.
+FIRST_PLAIN_STEPS = 2
+# Steps with drafts, then one without, or nobody would notice that those have become cheap.
+DRAFTED_IN_A_ROW = 48
 SMOOTHING = 0.2  # weight of the newest step among those of its kind
-FORGETTING = (
-    0.02  # of what drafted steps took, per plain step: what is not tried is given another chance
-)
-MAX_DRIFT = (
-    8.0  # a step counts as so many times the predicted seconds at the most: a stall is no news
-)
-STRIDE = (
-    8  # beyond the sizes that were measured, steps of a multiple of this many rows are on offer
-)
+# Part of what drafted steps took that is forgotten per plain step: what is not tried is given
+# another chance.
+FORGETTING = 0.02
+# A step counts as so many times the predicted seconds at the most: a stall is no news.
+MAX_DRIFT = 8.0
+# Beyond the sizes that were measured, steps of a multiple of this many rows are on offer.
+STRIDE = 8
 CONTEXT_STRIDE = 64  # tokens in the cache that count as the same
 MAX_CONTEXTS = 64  # whose times are kept at hand
 

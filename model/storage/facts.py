@@ -17,9 +17,8 @@ from filelock import FileLock
 from model.errors import OutputError
 from model.storage.whole_file import whole_file
 
-_LOCK_TIMEOUT_S = (
-    10.0  # a writer holds the lock for milliseconds; a fact is not worth a longer wait
-)
+# A writer holds the lock for milliseconds; a fact is not worth a longer wait.
+_LOCK_TIMEOUT_S = 10.0
 
 
 def folder() -> Path:

@@ -23,7 +23,6 @@ from model.errors import MedusaError, UsageError
 from model.heads.known_heads import HEADS_FOLDER
 from model.loaded_model import LoadedModel, LoadOptions
 from model.planning.choice import DraftOptions, choose, trial_requests
-from model.planning.prompt_files import TRIAL, read_prompt_file
 from model.serving.worker.messages import (
     Event,
     Failed,
@@ -72,7 +71,7 @@ class ServedModel:
         )
         self._model = loaded.base_model
         self._template = template_of(loaded.file.metadata)
-        trial = trial_requests(loaded, read_prompt_file(TRIAL), SamplingParams())
+        trial = trial_requests(loaded, SamplingParams())
         drafting = choose(loaded, options.draft, trial, max_leaves=MAX_SEQUENCES // options.slots)
 
         # What runs its sequences.
