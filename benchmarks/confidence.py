@@ -40,6 +40,7 @@ from model.loaded_model import LoadedModel  # noqa: E402
 from model.planning.measured_acceptance import states_and_followers  # noqa: E402
 from model.planning.prompt_files import HELD_OUT, read_prompt_file  # noqa: E402
 from model.trees.search import grow  # noqa: E402
+from model.trees.slices import finish  # noqa: E402
 from model.trees.tree import RankPath, Tree  # noqa: E402
 
 RANKS = 8
@@ -104,8 +105,8 @@ def positions(
         for i, prompt in enumerate(read_prompt_file(HELD_OUT)):
             sampling = SamplingParams(temperature=temperature, seed=i)
             sequence = plain.run(loaded.request(prompt, max_tokens, sampling))
-            states, followers = states_and_followers(
-                base, sequence.tokens, sequence.n_prompt, loaded.n_heads
+            states, followers = finish(
+                states_and_followers(base, sequence.tokens, sequence.n_prompt, loaded.n_heads)
             )
             guesses, probabilities = drafter.rank(states, followers[:, :-1])
             assert probabilities is not None

@@ -44,6 +44,7 @@ from model.loaded_model import LoadedModel, LoadOptions  # noqa: E402
 from model.planning.auto_tuning import Tuning, measure  # noqa: E402
 from model.planning.measured_steps import step_curve  # noqa: E402
 from model.trees.costs import CostCurve  # noqa: E402
+from model.trees.slices import finish  # noqa: E402
 
 BUDGET_S = 20.0  # seconds for the curve: the median of three rounds is off by up to a tenth
 MAX_NODES = 32
@@ -72,12 +73,14 @@ def measure_rows(
     against: the same model with other heads, whose best tree takes turns.
     """
     trial = requests_for(loaded, "trial", temperature, 5, 64)
-    tuning = measure(loaded, trial, heads=True, budget_s=BUDGET_S)
+    tuning = finish(measure(loaded, trial, heads=True, budget_s=BUDGET_S))
     rows = list[dict[str, Any]]()
     for kind, decoders in cases(loaded, tuning, amount.what):
         tunings = dict.fromkeys(decoders, tuning)
         if against is not None:
-            other = measure(against, trial, heads=True, budget_s=BUDGET_S, curve=tuning.curve)
+            other = finish(
+                measure(against, trial, heads=True, budget_s=BUDGET_S, curve=tuning.curve)
+            )
             tree = best_tree(against, other)
             if len(tree) > 1:
                 label = f" of --against ({against.heads.config.head_type})"
@@ -88,7 +91,7 @@ def measure_rows(
             for decoder in decoders.values():
                 stack.enter_context(decoder)
             results = compare(loaded, requests, *decoders.values(), runs=amount.runs)
-        later = step_curve(loaded, BUDGET_S)
+        later = finish(step_curve(loaded, BUDGET_S))
         for name, result in zip(decoders, results, strict=True):
             row = {**labels, "temperature": temperature, "prompts": kind, "drafted_by": name}
             row |= figures(result, requests, tunings[name], later)

@@ -23,6 +23,7 @@ from model.loaded_model import LoadedModel
 from model.planning.auto_tuning import Tuning, adaptive_decoder, tuned
 from model.planning.choice import trial_requests
 from model.planning.prompt_files import read_prompt_file
+from model.trees.slices import finish
 from model.trees.tree import Tree
 
 BUDGET_S = 3.0  # for each of steps, drafting and acceptance
@@ -104,7 +105,7 @@ def measured(loaded: LoadedModel, sampling: SamplingParams, draft_vocab: int | N
     heads = loaded.heads_path is not None
     if not heads:
         click.echo(f"no heads for {loaded.file.name}: only n-grams can draft", err=True)
-    return tuned(
+    slices = tuned(
         loaded,
         trial_requests(loaded, sampling),
         heads=heads,
@@ -112,6 +113,7 @@ def measured(loaded: LoadedModel, sampling: SamplingParams, draft_vocab: int | N
         afresh=True,
         budget_s=BUDGET_S,
     )
+    return finish(slices)
 
 
 def tried(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -28,6 +28,7 @@ from model.planning.sources import ContinuationSource, TreeSource
 from model.storage.facts import recall, remember
 from model.trees.costs import CostCurve
 from model.trees.search import TreeChoice, all_choices, grow
+from model.trees.slices import Slices
 from model.trees.tree import MAX_LEAVES, RankPath, Tree
 
 KIND = "tuning"  # of what is remembered
@@ -112,12 +113,11 @@ def tuned(
     draft_vocab: int | None = None,
     afresh: bool = False,
     budget_s: float = 1.0,
-    on_measure: Callable[[], None] = lambda: None,
-) -> Tuning:
-    """Return the remembered figures, or measure them now.
+) -> Slices[Tuning]:
+    """Return the remembered figures, or measure them, slice by slice, and remember them.
 
     requests: what acceptance is measured on. heads: whether the heads are measured. afresh: measure
-    in any case. budget_s: see `measure`. on_measure: called before a measurement.
+    in any case. budget_s: see `measure`.
     """
     sampling = requests[0].sampling.temperature > 0
     key = _key(loaded, sampling, heads, draft_vocab)
@@ -125,10 +125,10 @@ def tuned(
     kept = Tuning.from_json(known.get(key))
     if kept is not None:
         return kept
-    on_measure()
     other_temperature = Tuning.from_json(known.get(_key(loaded, not sampling, heads, draft_vocab)))
     curve = other_temperature.curve if other_temperature else None  # steps cost the same there
-    tuning = measure(
+    yield  # so far nothing has taken long
+    tuning = yield from measure(
         loaded, requests, heads=heads, draft_vocab=draft_vocab, budget_s=budget_s, curve=curve
     )
     remember(KIND, key, tuning.to_json())
@@ -164,19 +164,20 @@ def measure(
     draft_vocab: int | None = None,
     budget_s: float = 1.0,
     curve: CostCurve | None = None,
-) -> Tuning:
+) -> Slices[Tuning]:
     """Measure step times, drafting times and acceptance rates.
 
     budget_s: seconds for each of steps, drafting and acceptance, if one round takes no longer.
     curve: of the same model on this machine, where it is known already.
     """
-    curve = curve or step_curve(loaded, budget_s)
+    if curve is None:
+        curve = yield from step_curve(loaded, budget_s)
     if not heads or not loaded.n_heads:
         return Tuning(curve, [], [], 0)
     tokens = int(min(64 * len(requests), max(64, budget_s / curve.seconds_for(1, 0))))
     drafter = loaded.heads_drafter(Tree.chain(loaded.n_heads), draft_vocab, ranks=RANKS)
-    accuracies, seen = measured_acceptance(loaded, drafter, requests, tokens)
-    draft_s = draft_seconds(loaded, draft_vocab, budget_s)
+    accuracies, seen = yield from measured_acceptance(loaded, drafter, requests, tokens)
+    draft_s = yield from draft_seconds(loaded, draft_vocab, budget_s)
     return Tuning(curve, draft_s, accuracies.round(6).tolist(), seen)
 
 

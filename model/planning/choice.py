@@ -20,6 +20,7 @@ from model.errors import ModelFileError, UsageError
 from model.loaded_model import LoadedModel, new_drafters
 from model.planning.auto_tuning import MAX_CONTINUATION, adaptive_policy, tuned
 from model.planning.prompt_files import TRIAL, read_prompt_file
+from model.trees.slices import Slices, finish
 from model.trees.tree import MAX_LEAVES, Tree
 
 TRIAL_TOKENS = 64
@@ -72,11 +73,32 @@ def choose(
     max_leaves: int = MAX_LEAVES,
     on_measure: Callable[[], None] = lambda: None,
 ) -> Drafting:
-    """Return how to draft.
+    """Return how to draft, having measured now what has to be; see `choose_in_slices`.
 
-    trial: what acceptance is measured on. max_leaves: of the draft tree of one sequence.
-    on_measure: called before a measurement. Raises HeadsError where heads are asked for and missing
-    or unfit, UsageError for the tree, ModelFileError for a model that cannot roll back a draft.
+    on_measure: called before a measurement.
+    """
+    slices = choose_in_slices(loaded, options, trial, max_leaves=max_leaves)
+    try:
+        next(slices)
+    except StopIteration as done:
+        known: Drafting = done.value
+        return known
+    on_measure()
+    return finish(slices)
+
+
+def choose_in_slices(
+    loaded: LoadedModel,
+    options: DraftOptions,
+    trial: Sequence[Request],
+    *,
+    max_leaves: int = MAX_LEAVES,
+) -> Slices[Drafting]:
+    """Return how to draft: at once, or where that has to be measured, after many slices.
+
+    trial: what acceptance is measured on. max_leaves: of the draft tree of one sequence. Raises
+    HeadsError where heads are asked for and missing or unfit, UsageError for the tree,
+    ModelFileError for a model that cannot roll back a draft; all of that before the first slice.
     """
     sources = _sources(loaded, options)
     max_nodes = loaded.options.max_nodes
@@ -93,9 +115,7 @@ def choose(
         if heads:
             tree = loaded.check_tree(asked)
     else:
-        tuning = tuned(
-            loaded, trial, heads=heads, draft_vocab=options.draft_vocab, on_measure=on_measure
-        )
+        tuning = yield from tuned(loaded, trial, heads=heads, draft_vocab=options.draft_vocab)
         if not options.fixed:
             policy, drafters = adaptive_policy(
                 loaded, tuning, ngram=ngram, draft_vocab=options.draft_vocab, max_leaves=max_leaves

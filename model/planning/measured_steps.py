@@ -6,6 +6,7 @@ They include verification and roll-back. Knows no acceptance.
 from __future__ import annotations
 
 import collections.abc as abc
+from functools import partial
 from statistics import median
 from time import perf_counter
 
@@ -17,8 +18,9 @@ from model.decoding.drafters.drafter import HEADS, ConstantDrafter
 from model.decoding.sampling import SamplingParams
 from model.decoding.sequence import Sequence
 from model.decoding.step import step
-from model.loaded_model import LoadedModel
-from model.trees.costs import SIZES, CostCurve, measure_curve
+from model.loaded_model import MIN_CONTEXT, LoadedModel
+from model.trees.costs import SIZES, CostCurve, curve_in_slices
+from model.trees.slices import Slices, finish, undisturbed
 from model.trees.tree import Tree
 
 CONTEXTS = (64, 1024)  # tokens in the cache
@@ -27,9 +29,10 @@ SEQ_IDS = 8  # of the context that is timed
 QUICK_S = 0.02
 MIN_DRAFTS = 3  # the fewest from which a median can drop a spike
 MAX_DRAFTS = 40
+PREFILL_SLICE = 32  # tokens: about as long as a slice of steps
 
 
-def step_curve(loaded: LoadedModel, budget_s: float = 1.0) -> CostCurve:
+def step_curve(loaded: LoadedModel, budget_s: float) -> Slices[CostCurve]:
     """Time steps of 1 to max_nodes rows over short and long contexts; all drafts are rejected.
 
     One row is timed as plain steps are made, without states.
@@ -37,18 +40,20 @@ def step_curve(loaded: LoadedModel, budget_s: float = 1.0) -> CostCurve:
     contexts = sorted({max(2, min(context, loaded.context // 2)) for context in CONTEXTS})
     widest = FixedPolicy(Tree.product([SEQ_IDS]))
     with loaded.new_base(widest, n_ctx=contexts[-1] + SIZES[-1]) as base:
-        return time_steps(base, contexts, loaded.options.max_nodes, budget_s)
+        max_nodes = loaded.options.max_nodes
+        return (yield from time_steps(base, contexts, max_nodes, budget_s))
 
 
 def time_steps(
     base: LlamaBase, contexts: abc.Sequence[int], max_nodes: int, budget_s: float
-) -> CostCurve:
+) -> Slices[CostCurve]:
     """Time steps of 1 to max_nodes rows in a context of SEQ_IDS sequence ids.
 
     Of fewer where they take long.
     """
     timer = StepTimer(base)
-    plain_s = timer.run(1, contexts[0])
+    yield from timer.prefill(contexts[0])
+    plain_s = yield from undisturbed(lambda: timer.run(1, contexts[0]))
     most = 16
     if plain_s < 0.005:
         most = 64
@@ -57,7 +62,11 @@ def time_steps(
     sizes = [n for n in SIZES if n <= min(max_nodes, most)]
     if len(sizes) == 1:
         sizes = [1, 2]
-    return measure_curve(timer.run, sizes, contexts, budget_s=budget_s)
+    return (
+        yield from curve_in_slices(
+            timer.run, sizes, contexts, budget_s=budget_s, prepare=timer.prefill
+        )
+    )
 
 
 class StepTimer:
@@ -70,21 +79,26 @@ class StepTimer:
 
     def run(self, n: int, context: int) -> float:
         """Return the seconds of a step of n rows over so many cached tokens."""
-        if context != self._context:
-            self._prefill(context)
+        finish(self.prefill(context))
         seconds = self._step(n)
         if seconds < QUICK_S:
             seconds = median(self._step(n) for _ in range(2))
         return seconds
 
-    def _prefill(self, context: int) -> None:
+    def prefill(self, context: int) -> Slices[None]:
+        """Begin with a sequence of so many cached tokens, where it has another length."""
+        if context == self._context:
+            return
         rng = np.random.default_rng(0)
         self._tokens = rng.integers(0, self._base.n_vocab, context + 1).tolist()
-        self._context = context
+        ids = np.array(self._tokens[:-1], np.int32)
         self._base.clear()
-        self._base.prefill(np.array(self._tokens[:-1], np.int32), 0, 0)
+        for at in range(0, context, PREFILL_SLICE):
+            self._base.prefill(ids[at : at + PREFILL_SLICE], at, 0)
+            yield
         for seq_id in range(1, self._base.n_seq_max):
             self._base.seq_cp(0, seq_id, 0, context)
+        self._context = context
 
     def _step(self, n: int) -> float:
         sequence = Sequence(self._tokens, self._base.model, SamplingParams(), context=1 << 30)
@@ -97,7 +111,9 @@ class StepTimer:
         return sequence.statistics.seconds
 
 
-def draft_seconds(loaded: LoadedModel, draft_vocab: int | None, budget_s: float) -> list[float]:
+def draft_seconds(
+    loaded: LoadedModel, draft_vocab: int | None, budget_s: float
+) -> Slices[list[float]]:
     """Return (K,) seconds that the heads take to draft chains of 1 … K tokens.
 
     Timed between two decodes, where all caches are cold; a few depths, the others between them.
@@ -107,16 +123,24 @@ def draft_seconds(loaded: LoadedModel, draft_vocab: int | None, budget_s: float)
     drafters = {depth: loaded.heads_drafter(chain, draft_vocab) for depth, chain in chains.items()}
     times: dict[int, list[float]] = {depth: [] for depth in drafters}
     state = np.random.default_rng(0).standard_normal((1, loaded.file.n_embd)).astype(np.float32)
-    end = perf_counter() + budget_s
-    with loaded.new_base() as base:
+    with loaded.new_base(n_ctx=MIN_CONTEXT) as base:
+        spent_s = 0.0
+
+        def draft(depth: int) -> float:
+            nonlocal spent_s
+            base.clear()
+            began = perf_counter()
+            base.decode(np.zeros(1, np.int32), 0, 0)
+            since = perf_counter()
+            drafters[depth].draft(state, [0], [chains[depth]])
+            now = perf_counter()
+            spent_s += now - began
+            return now - since
+
         for n_timed in range(MAX_DRAFTS):
-            if n_timed >= MIN_DRAFTS and perf_counter() > end:
+            if n_timed >= MIN_DRAFTS and spent_s > budget_s:
                 break
-            for depth, drafter in drafters.items():
-                base.clear()
-                base.decode(np.zeros(1, np.int32), 0, 0)
-                since = perf_counter()
-                drafter.draft(state, [0], [chains[depth]])
-                times[depth].append(perf_counter() - since)
+            for depth, seconds in times.items():
+                seconds.append((yield from undisturbed(partial(draft, depth))))
     medians = [median(each) for each in times.values()]
     return np.interp(np.arange(1, k + 1), list(times), medians).tolist()

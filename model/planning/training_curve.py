@@ -13,6 +13,7 @@ from model.base.llama_model import LlamaModel
 from model.planning.measured_steps import SEQ_IDS, time_steps
 from model.storage.facts import recall, remember
 from model.trees.costs import SIZES, CostCurve
+from model.trees.slices import finish
 
 KIND = "training_curves"  # of what is remembered
 CONTEXT = 64  # tokens in the cache
@@ -52,6 +53,6 @@ def training_curve(
         flash_attn=flash_attn,
         kv_type=kv_type,
     ) as base:
-        curve = time_steps(base, [CONTEXT], max_nodes, BUDGET_S)
+        curve = finish(time_steps(base, [CONTEXT], max_nodes, BUDGET_S))
     remember(KIND, key, curve.to_json())
     return curve

@@ -14,7 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import pairwise
 from statistics import median
 from time import perf_counter
@@ -22,6 +22,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+
+from model.trees.slices import Slices, finish, undisturbed
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -114,7 +116,22 @@ def measure_curve(
     budget_s: float,
     clock: Callable[[], float] = perf_counter,
 ) -> CostCurve:
-    """Time batches of all sizes at all contexts; keep medians.
+    """Time batches of all sizes at all contexts now; see `curve_in_slices`."""
+    assert _is_ascending(sizes, 1) and sizes[0] == 1, f"sizes {sizes}, contexts {contexts}"
+    assert _is_ascending(contexts, 0), f"sizes {sizes}, contexts {contexts}"
+    return finish(curve_in_slices(run, sizes, contexts, budget_s=budget_s, clock=clock))
+
+
+def curve_in_slices(
+    run: Callable[[int, int], float],
+    sizes: Sequence[int],
+    contexts: Sequence[int],
+    *,
+    budget_s: float,
+    prepare: Callable[[int], Slices[None]] | None = None,
+    clock: Callable[[], float] = perf_counter,
+) -> Slices[CostCurve]:
+    """Time batches of all sizes at all contexts, a pair of batches in each slice; keep medians.
 
     run(n, context) decodes one batch of n tokens over `context` cached ones and returns its
     seconds. Contexts come one after another, as changing them costs the caller a prefill. At each,
@@ -122,39 +139,50 @@ def measure_curve(
     a single token is timed, and what is kept is the median of the ratios, times the median of the
     single tokens: a machine that is slow for seconds slows both.
 
-    budget_s: seconds for everything by `clock`, what `run` does besides its batch included; each
+    budget_s: seconds of all pairs by `clock`, what `run` does besides its batch included; each
     context has an equal share of it. Rounds go on as long as another fits; 3 are made in any case,
-    as a median of fewer keeps its spikes.
+    as a median of fewer keeps its spikes. prepare: fills the cache for a context, in slices; None:
+    `run` does.
     """
-    assert _is_ascending(sizes, 1) and sizes[0] == 1, f"sizes {sizes}, contexts {contexts}"
-    assert _is_ascending(contexts, 0), f"sizes {sizes}, contexts {contexts}"
     share_s = budget_s / len(contexts)
-    rows = [_measure_row(run, sizes, context, share_s, clock) for context in contexts]
+    rows = list[tuple[float, ...]]()
+    for context in contexts:
+        if prepare is not None:
+            yield from prepare(context)
+        rows.append((yield from _row_in_slices(run, sizes, context, share_s, clock)))
     return CostCurve(tuple(contexts), tuple(sizes), tuple(rows))
 
 
-def _measure_row(
+def _row_in_slices(
     run: Callable[[int, int], float],
     sizes: Sequence[int],
     context: int,
     budget_s: float,
     clock: Callable[[], float],
-) -> tuple[float, ...]:
+) -> Slices[tuple[float, ...]]:
     """Return (S,) seconds at one context."""
+    spent_s = 0.0
+
+    def pair(n: int) -> tuple[float, float]:
+        """Return the seconds of a single token, and of a batch right behind it."""
+        nonlocal spent_s
+        began = clock()
+        seconds = run(1, context), run(n, context)
+        spent_s += clock() - began
+        return seconds
+
     upwards = sizes[1:]
     ones = list[float]()
     ratios: dict[int, list[float]] = {n: [] for n in upwards}
-    start = clock()
     rounds = 0
     while True:
-        round_start = clock()
+        before_s = spent_s
         for n in upwards if rounds % 2 == 0 else upwards[::-1]:
-            one_s = run(1, context)
+            one_s, seconds = yield from undisturbed(partial(pair, n))
             ones.append(one_s)
-            ratios[n].append(run(n, context) / one_s)
+            ratios[n].append(seconds / one_s)
         rounds += 1
-        now = clock()
-        after_another = now + (now - round_start) - start
+        after_another = spent_s + (spent_s - before_s)
         if rounds >= MIN_ROUNDS and after_another > budget_s:
             break
     one_s = float(median(ones))

@@ -30,6 +30,7 @@ from model.planning.auto_tuning import (
 from model.planning.measured_acceptance import RANKS, TRAINING_WEIGHT, measured_acceptance
 from model.storage import facts
 from model.trees.costs import CostCurve
+from model.trees.slices import Slices, finish
 from model.trees.tree import Tree
 
 PROMPTS = ("import os\n\n\ndef main(argv):\n", "class Stack:\n    def __init__(self):\n")
@@ -76,7 +77,7 @@ def requests(loaded: LoadedModel) -> list[Request]:
 
 
 def test_everything_is_measured(hydra: LoadedModel) -> None:
-    found = measure(hydra, requests(hydra), heads=True, budget_s=0.3)
+    found = finish(measure(hydra, requests(hydra), heads=True, budget_s=0.3))
     assert found.curve.sizes == (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 16)
     assert found.curve.contexts == (64, 256)
     assert found.curve.ratio(16, 64) > 1.5, "16 rows cost more than one"
@@ -93,7 +94,7 @@ def test_rates_are_those_of_a_sequence_generated_step_by_step(either: LoadedMode
     """A chain drafted along the way must be accepted as often as the measured rates say."""
     request = requests(either)[0]
     drafter = either.heads_drafter(Tree.chain(either.n_heads), ranks=RANKS)
-    rates, n = measured_acceptance(either, drafter, [request], 40)
+    rates, n = finish(measured_acceptance(either, drafter, [request], 40))
     prior = np.array(either.heads_facts["rank_accuracies"])[: either.n_heads, :RANKS]
     hits = rates[0] * (n + TRAINING_WEIGHT) - TRAINING_WEIGHT * prior[0]
     assert hits == pytest.approx(hits.round(), abs=1e-3), "hits are whole numbers"
@@ -111,35 +112,39 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
     calls = []
     known = Tuning(CostCurve((64,), (1, 2), ((1.0, 1.5),)), [], [], 0)
 
-    def fake(*args: Any, **more: Any) -> Tuning:
+    def fake(*args: Any, **more: Any) -> Slices[Tuning]:
         calls.append(more)
+        yield
         return known
+
+    def recalled(*args: Any, **more: Any) -> Tuning:
+        return finish(tuned(*args, **more))
 
     monkeypatch.setattr(auto_tuning, "measure", fake)
     greedy = requests(hydra)
-    assert tuned(hydra, greedy, heads=False) == tuned(hydra, greedy, heads=False) == known
+    assert recalled(hydra, greedy, heads=False) == recalled(hydra, greedy, heads=False) == known
     assert len(calls) == 1
     sampled = [replace(r, sampling=SamplingParams(temperature=0.8)) for r in greedy]
-    tuned(hydra, sampled, heads=False)
+    recalled(hydra, sampled, heads=False)
     curves = [call["curve"] for call in calls]
     assert curves == [None, known.curve], "steps cost the same, sampled or not"
-    assert tuned(hydra, sampled, heads=False, afresh=True) == known
+    assert recalled(hydra, sampled, heads=False, afresh=True) == known
     assert calls.pop()["curve"] is None
     calls.pop()
-    tuned(hydra, greedy, heads=True)
+    recalled(hydra, greedy, heads=True)
     assert len(calls) == 2, "another question"
 
     # The heads are known by what they learnt, not by where they lie.
     assert hydra.heads_path is not None
     copy = shutil.copytree(hydra.heads_path, tmp_path / "heads")
     copied = LoadedModel(hydra.file.path, hydra.options, heads_path=copy)
-    tuned(copied, greedy, heads=True)
+    recalled(copied, greedy, heads=True)
     assert len(calls) == 2, "the same heads, written once more"
     copied.close()
     config = copy / "config.json"
     config.write_text(config.read_text().replace('"steps": ', '"steps": 1'))
     changed = LoadedModel(hydra.file.path, hydra.options, heads_path=copy)
-    tuned(changed, greedy, heads=True)
+    recalled(changed, greedy, heads=True)
     changed.close()
     assert len(calls) == 3, "others"
 
@@ -157,7 +162,7 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
             content[key] = damage if not damage else {**known.to_json(), **damage}
         file.write_text(json.dumps(content))
         before = len(calls)
-        assert tuned(hydra, greedy, heads=False) == known and len(calls) == before + 1, damage
+        assert recalled(hydra, greedy, heads=False) == known and len(calls) == before + 1, damage
 
 
 def test_a_prediction_charges_each_step_its_nodes_and_the_depth_that_the_heads_drafted() -> None:
@@ -173,7 +178,7 @@ DEAR = CostCurve((64,), (1, 2, 4), ((1.0, 9.0, 18.0),))
 
 
 def test_both_types_of_heads_are_measured_and_draft_trees(either: LoadedModel) -> None:
-    found = measure(either, requests(either), heads=True, budget_s=0.3)
+    found = finish(measure(either, requests(either), heads=True, budget_s=0.3))
     assert len(found.draft_s) == either.n_heads
     assert np.array(found.accuracies).shape == (either.n_heads, RANKS)
     tree = Tree.product([2, 2, 2])

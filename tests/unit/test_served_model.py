@@ -27,6 +27,7 @@ def served(base: FakeBase) -> ServedModel:
         "_sequences": {},
         "_started": set(),
         "_failed": [],
+        "_slices": None,
     }
     vars(model).update(parts)
     return model

@@ -103,6 +103,11 @@ class Metrics:
                 lambda: worker.cells_used,
             ),
             ("medusa_ready", "1 when the model takes requests", lambda: worker.ready),
+            (
+                "medusa_measuring",
+                "1 while nothing drafts, as what drafts cost and bring is still being measured",
+                lambda: worker.ready and worker.info.measuring,
+            ),
         ):
             Gauge(name, meaning, registry=self.registry).set_function(value)
 

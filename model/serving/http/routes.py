@@ -110,6 +110,7 @@ async def props(http: Request) -> Response:
             "max_queue": service.max_queue,
             "kv_cells": info.cells,
             "draft": info.draft,
+            "measuring": info.measuring,
             "chat_template": info.has_chat_template,
         }
     )

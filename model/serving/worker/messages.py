@@ -126,6 +126,7 @@ class ModelInfo:
     draft: what drafts where a request says "auto", in words.
     slots: sequences that run at the same time.
     cells: tokens that the KV cache holds, of all sequences. longest_token: bytes; 0: unknown.
+    measuring: what drafts cost and bring is not measured yet, so nothing drafts.
     """
 
     name: str
@@ -137,3 +138,4 @@ class ModelInfo:
     cells: int
     has_chat_template: bool
     longest_token: int = 0
+    measuring: bool = False

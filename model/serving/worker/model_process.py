@@ -32,7 +32,8 @@ def run(options: ModelOptions, inbox: Connection, outbox: Connection) -> None:
     """Load the model, say so, and work until the other side is gone.
 
     The main function of the process. Sends ("ready", ModelInfo) or ("refused", message), then
-    ("events", events, cached tokens) and ("answer", key, value or error).
+    ("events", events, cached tokens), ("answer", key, value or error), and ("info", ModelInfo)
+    where that has changed.
     """
     for reaches_the_whole_group in (signal.SIGINT, signal.SIGTERM):
         signal.signal(reaches_the_whole_group, signal.SIG_IGN)  # the parent decides
@@ -57,16 +58,27 @@ def _work(
     """Obey commands and take steps until told to quit."""
     events = list[Event]()
     last_sent = perf_counter()
+    disturbed = False  # the last slice of a measurement
     while True:
+        # Obey; without work, measure what is left to measure, or wait.
         began = perf_counter()
-        while not model.busy or (not commands.empty() and perf_counter() - began < COMMANDS_S):
+        while not (model.busy or model.measuring) or (
+            not commands.empty() and perf_counter() - began < COMMANDS_S
+        ):
             kind, *rest = commands.get()
+            disturbed = True
             if kind == "quit":
                 return
             if kind == "submit":
                 model.submit(*rest)
             else:
                 model.cancel(*rest)
+        if not model.busy:
+            if model.measure(disturbed=disturbed):
+                with sending:
+                    outbox.send(("info", model.info))
+            disturbed = False
+            continue
         events += model.work()
 
         # Text may wait a little for more; beginnings and ends don't.

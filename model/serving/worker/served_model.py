@@ -1,12 +1,14 @@
 """The served model: runs all sequence requests through one scheduler, and returns their events.
 
-Knows no process and no HTTP; its owner calls `work` as long as it is `busy`.
+Where this machine does not know the model yet, it begins without drafts, and measures in slices
+when nothing runs. Knows no process and no HTTP; its owner calls `work` as long as it is `busy`, and
+`measure` while it is `measuring` and not busy.
 """
 
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -15,6 +17,9 @@ from model.base.chat import template_of
 from model.base.grammar import GbnfGrammar, schema_to_gbnf
 from model.base.llama import MAX_SEQUENCES
 from model.base.prompt import encode_prompt
+from model.decoding.decoder import Decoder
+from model.decoding.draft_policy import FixedPolicy
+from model.decoding.drafters.drafter import Drafters
 from model.decoding.drafters.sources import source_names
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
@@ -22,7 +27,7 @@ from model.decoding.sequence import Sequence, check_tokens
 from model.errors import MedusaError, UsageError
 from model.heads.known_heads import HEADS_FOLDER
 from model.loaded_model import LoadedModel, LoadOptions
-from model.planning.choice import DraftOptions, choose, trial_requests
+from model.planning.choice import Drafting, DraftOptions, choose_in_slices, trial_requests
 from model.serving.worker.messages import (
     Event,
     Failed,
@@ -32,9 +37,11 @@ from model.serving.worker.messages import (
     Started,
     TextChunk,
 )
+from model.trees.slices import Slices
 
 log = logging.getLogger(__name__)
 MAX_STALL_S = 0.1  # that prefill may hold up running sequences between two steps
+UNMEASURED = "nothing yet: what drafts cost and bring is measured while no request runs"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,17 +78,11 @@ class ServedModel:
         )
         self._model = loaded.base_model
         self._template = template_of(loaded.file.metadata)
-        trial = trial_requests(loaded, SamplingParams())
-        drafting = choose(loaded, options.draft, trial, max_leaves=MAX_SEQUENCES // options.slots)
+        self._options = options
 
         # What runs its sequences.
-        self._decoder = loaded.shared_decoder(
-            drafting.policy,
-            drafting.drafters,
-            n_parallel=options.slots,
-            n_cells=options.cells,
-            max_stall_s=MAX_STALL_S,
-        )
+        drafting = self._begin_to_choose()
+        self._decoder = self._new_decoder(drafting)
         self._sequences: dict[str, tuple[SequenceRequest, Sequence]] = {}
         self._started = set[str]()  # ids whose prefill was reported
         self._failed = list[Event]()
@@ -98,7 +99,65 @@ class ServedModel:
             cells=self._decoder.base.n_ctx,
             has_chat_template="tokenizer.chat_template" in loaded.file.metadata,
             longest_token=max(len(token.encode()) for token in tokens),
+            measuring=self.measuring,
         )
+
+    def _begin_to_choose(self) -> Drafting:
+        """Return how to draft; where that must be measured first, not at all until it is."""
+        trial = trial_requests(self._loaded, SamplingParams())
+        slices = choose_in_slices(
+            self._loaded,
+            self._options.draft,
+            trial,
+            max_leaves=MAX_SEQUENCES // self._options.slots,
+        )
+        self._slices: Slices[Drafting] | None = None
+        try:
+            next(slices)
+        except StopIteration as done:
+            known: Drafting = done.value
+            return known
+        self._slices = slices
+        return Drafting(FixedPolicy(), Drafters(), UNMEASURED)
+
+    def _new_decoder(self, drafting: Drafting) -> Decoder:
+        return self._loaded.shared_decoder(
+            drafting.policy,
+            drafting.drafters,
+            n_parallel=self._options.slots,
+            n_cells=self._options.cells,
+            max_stall_s=MAX_STALL_S,
+        )
+
+    @property
+    def measuring(self) -> bool:
+        """Whether there is something left to measure."""
+        return self._slices is not None
+
+    def measure(self, *, disturbed: bool) -> bool:
+        """Measure one slice more; say whether that was the last one and `info` has changed.
+
+        With the last one the KV cache becomes a new one, whose sequences are drafted for as is
+        fastest. disturbed: something else ran during the slice before. Only while it is not busy.
+        """
+        assert self._slices is not None and not self._sequences
+        try:
+            self._slices.send(disturbed)
+            return False
+        except StopIteration as done:
+            drafting: Drafting = done.value
+        except Exception:  # go on as before; the next start tries again
+            log.exception("what drafts cost and bring could not be measured")
+            self._slices = None
+            self.info = replace(self.info, draft="nothing", measuring=False)
+            return True
+        self._slices = None
+        self._decoder.base.close()  # first: there may be no room for both caches
+        self._decoder = self._new_decoder(drafting)
+        cells = self._decoder.base.n_ctx
+        self.info = replace(self.info, draft=drafting.description, cells=cells, measuring=False)
+        log.info("measured; drafts: %s", drafting.description)
+        return True
 
     @property
     def busy(self) -> bool:

@@ -217,6 +217,9 @@ class ModelWorker:
             (self.info,) = rest
             handle.ready = True
             self._restart_delay_s = RESTART_DELAY_S
+        elif kind == "info":
+            (self.info,) = rest
+            self.cells_used = 0  # its KV cache is a new one
         elif kind == "refused":
             (self._refusal,) = rest
         else:
