@@ -43,7 +43,11 @@ class HydraHeads(MedusaHeads):
         dim = config.dim
         assert embeddings.shape == (config.vocab, dim), (embeddings.shape, config)
         self.register_buffer("embeddings", embeddings.detach(), persistent=False)
-        self.register_buffer("embedding_scale", embeddings.detach().square().mean().rsqrt())
+        scale = torch.ones(())
+        # On the meta device torch would import its compiler, 3 s, to say that this is one number.
+        if not embeddings.is_meta:
+            scale = embeddings.detach().square().mean().rsqrt()
+        self.register_buffer("embedding_scale", scale)
         # The token at t+j is read by the heads from j on: K matrices, then K-1, …, then one.
         self.readers = list(range(heads, 0, -1))
         self.embed = nn.Parameter(torch.zeros(sum(self.readers), dim, dim))  # by j, then by head
