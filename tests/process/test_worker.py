@@ -33,7 +33,7 @@ from model.serving.worker.messages import (
     TextChunk,
 )
 from model.serving.worker.protocol import Overloaded, Worker
-from model.serving.worker.served_model import ModelOptions
+from model.serving.worker.served_model import UNMEASURED, ModelOptions
 from model.serving.worker.worker import ModelWorker
 from model.trees.tree import Tree
 
@@ -137,6 +137,31 @@ def test_it_is_a_worker_and_tells_of_its_model(served: Served) -> None:
     info = worker.info
     assert worker.ready and (info.context, info.slots, info.file_type) == (512, 3, "Q4_0")
     assert "heads and n-grams" in info.draft and info.vocabulary == 4096
+
+
+def test_it_answers_while_it_measures_and_drafts_afterwards(
+    bundled_f32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At the first start; the second one knows what was measured."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    adaptive = options(bundled_f32, sources="ngram", tree="")
+
+    async def measured(worker: ModelWorker) -> None:
+        while worker.info.measuring:
+            await asyncio.sleep(0.02)
+
+    for first in (True, False):
+        for served in serve(adaptive):
+            worker = served.worker
+            assert worker.info.measuring == first and (worker.info.draft == UNMEASURED) == first
+            [early] = served.generate(ask("early", PROMPTS[3], 40))
+            assert isinstance(early.last, Finished)
+            served.run(measured(worker))
+            assert ("n-grams" in worker.info.draft and worker.cells_used == 0) or not first
+            [late] = served.generate(ask("late", PROMPTS[3], 40))
+            assert isinstance(late.last, Finished) and late.ids == early.ids
+            if first:
+                assert early.last.drafted == 0
 
 
 def test_sequences_side_by_side_pass_their_replay(served: Served, loaded: LoadedModel) -> None:
