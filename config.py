@@ -103,6 +103,12 @@ class Settings(BaseSettings):
         "each, as far as 1 GiB goes. A sequence waits until its prompt and longest possible output "
         "fit",
     )
+    prompt_cache_mb: int = Field(
+        default=1024,
+        ge=0,
+        description="MiB of memory for what finished sequences leave, so that a prompt that begins "
+        "alike need not be read again; 0: nothing is kept",
+    )
     max_queue: int = Field(
         default=64, ge=0, le=10000, description="Sequences that may wait; more are refused (429)"
     )

@@ -38,6 +38,7 @@ def load_options(settings: Settings) -> LoadOptions:
         kv_type=settings.kv_type,
         k_heads=settings.medusa_k_heads,
         max_nodes=settings.medusa_max_tokens_per_step,
+        prompt_cache_mb=settings.prompt_cache_mb,
     )
 
 

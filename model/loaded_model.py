@@ -28,6 +28,7 @@ from model.decoding.drafters.drafter import (
     TreeDrafter,
 )
 from model.decoding.drafters.ngram import NgramDrafter
+from model.decoding.prompt_cache import PromptCache
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
 from model.errors import HeadsError, ModelFileError, UsageError
@@ -53,6 +54,7 @@ class LoadOptions:
 
     context_size: 0: as trained, at most DEFAULT_CONTEXT. flash_attn: None: llama.cpp's choice.
     k_heads: use the first so many heads; None: all. max_nodes: of a draft tree, its root included.
+    prompt_cache_mb: MiB of host memory for what finished sequences leave.
     """
 
     n_threads: int = field(default_factory=usable_cores)
@@ -64,6 +66,7 @@ class LoadOptions:
     kv_type: str = "f16"
     k_heads: int | None = None
     max_nodes: int = 64
+    prompt_cache_mb: int = 1024
 
 
 class LoadedModel:
@@ -295,6 +298,9 @@ class LoadedModel:
                 f"{n_parallel} sequences at a time, of {policy.max_nodes} nodes each: "
                 f"a step has {base.n_batch} rows"
             )
+        prompt_cache = None
+        if self.base_model.can_roll_back:  # a saved prefix has to lose its end
+            prompt_cache = PromptCache(self.options.prompt_cache_mb << 20)
         return Decoder(
             base,
             self.base_model,
@@ -302,7 +308,7 @@ class LoadedModel:
             drafters,
             context=self.context,
             max_running=n_parallel,
-            prefix_cache=self.base_model.can_roll_back,  # a kept prefix has to lose its end
+            prompt_cache=prompt_cache,
             max_stall_s=max_stall_s,
         )
 

@@ -89,6 +89,20 @@ class FakeBase:
             if source in seqs and start <= pos < end:
                 seqs.add(target)
 
+    def state_bytes(self, seq: int) -> int:
+        return self.save_state(seq).nbytes
+
+    def save_state(self, seq: int) -> npt.NDArray[np.uint8]:
+        cells = sorted((pos, token) for pos, token, seqs in self.cells if seq in seqs)
+        return np.array(cells, np.int32).reshape(-1).view(np.uint8)
+
+    def restore_state(self, seq: int, state: npt.NDArray[np.uint8]) -> bool:
+        saved = state.view(np.int32).reshape(-1, 2).tolist()
+        if len(self.cells) + len(saved) > self.n_ctx:
+            return False
+        self.cells += [(pos, token, {seq}) for pos, token in saved]
+        return True
+
     def clear(self) -> None:
         self.cells = []
 

@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from model.decoding.draft_policy import DraftPolicy
 from model.decoding.drafters.drafter import Drafters
+from model.decoding.prompt_cache import PromptCache
 from model.decoding.request import Request
 from model.decoding.scheduler import Scheduler
 from model.decoding.sequence import Output, Sequence, Vocabulary
@@ -32,7 +33,8 @@ class Decoder:
     """Sequences with the same base, policy and drafters. As a context manager it closes its base.
 
     context: tokens that one sequence may come to. drafters: None: nothing drafts. max_running:
-    sequences at a time. prefix_cache: prompts that begin alike are read once. max_stall_s: see
+    sequences at a time. prompt_cache: what finished sequences leave, and
+    prompts that begin alike are read once; None: neither. max_stall_s: see
     Scheduler.
     """
 
@@ -45,7 +47,7 @@ class Decoder:
         *,
         context: int,
         max_running: int = 1,
-        prefix_cache: bool = False,
+        prompt_cache: PromptCache | None = None,
         max_stall_s: float = 0.0,
     ) -> None:
         self.base = base
@@ -54,7 +56,7 @@ class Decoder:
         self.drafters = drafters or Drafters()
         self._vocabulary = vocabulary
         self._max_running = max_running
-        self._prefix_cache = prefix_cache
+        self._prompt_cache = prompt_cache
         self._max_stall_s = max_stall_s
         self.scheduler = self._new_scheduler()
 
@@ -65,7 +67,7 @@ class Decoder:
             max_running=self._max_running,
             n_cells=self.base.n_ctx,
             max_stall_s=self._max_stall_s,
-            prefix_cache=self._prefix_cache,
+            prompt_cache=self._prompt_cache,
         )
 
     def __enter__(self) -> Self:

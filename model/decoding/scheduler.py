@@ -13,6 +13,7 @@ import numpy as np
 
 from model.decoding.draft_policy import DraftPolicy
 from model.decoding.kv_slots import KVSlot, KVSlots
+from model.decoding.prompt_cache import PromptCache
 from model.decoding.sequence import Sequence
 from model.decoding.step import Base, step
 from model.errors import ContextError
@@ -29,7 +30,7 @@ class Scheduler:
     max_running: sequences at a time, each with seq_ids of its own. n_cells: tokens that the KV
     cache holds for all of them. prefill_chunk: the most prompt tokens between two steps, so that a
     long prompt doesn't hold up the running sequences. max_stall_s: the most seconds that they may
-    take, going by those before; 0: whatever they take. prefix_cache: see KVSlots.
+    take, going by those before; 0: whatever they take. prompt_cache: see KVSlots.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class Scheduler:
         n_cells: int,
         prefill_chunk: int = 512,
         max_stall_s: float = 0.0,
-        prefix_cache: bool = False,
+        prompt_cache: PromptCache | None = None,
     ) -> None:
         self._base = base
         self._policy = policy
@@ -51,7 +52,7 @@ class Scheduler:
             ids_per_slot=policy.max_leaves,
             n_cells=n_cells,
             n_spare=policy.max_nodes - 1,
-            prefix_cache=prefix_cache,
+            prompt_cache=prompt_cache,
         )
         self._prefill_chunk = prefill_chunk
         self._max_stall_s = max_stall_s
@@ -115,7 +116,6 @@ class Scheduler:
         unfinished = [each for each in self._running if each.finish_reason is None]
         if unfinished:
             step(self._base, unfinished, self._policy)
-            self.kv_slots.note_steps(len(unfinished))
         finished = [each for each in self._running if each.finish_reason is not None]
         for sequence in finished:
             self._release(sequence)

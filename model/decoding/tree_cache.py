@@ -30,7 +30,7 @@ from model.trees.tree import Tree
 
 
 class Cache(Protocol):
-    """What rolling back needs of `model.base.llama.LlamaBase`.
+    """The KV cache of `model.base.llama.LlamaBase`.
 
     n_seq_max: sequence ids of the whole context.
     """
@@ -39,6 +39,9 @@ class Cache(Protocol):
 
     def seq_rm(self, seq: int, start: int, end: int) -> None: ...  # noqa: D102
     def seq_cp(self, source: int, target: int, start: int, end: int) -> None: ...  # noqa: D102
+    def state_bytes(self, seq: int) -> int: ...  # noqa: D102
+    def save_state(self, seq: int) -> npt.NDArray[np.uint8]: ...  # noqa: D102
+    def restore_state(self, seq: int, state: npt.NDArray[np.uint8]) -> bool: ...  # noqa: D102
 
 
 class _Layout(NamedTuple):

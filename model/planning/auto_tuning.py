@@ -10,7 +10,7 @@ import hashlib
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -146,7 +146,7 @@ def _key(loaded: LoadedModel, sampling: bool, heads: bool, draft_vocab: int | No
         weights,
         n_heads,
         draft_vocab,
-        loaded.options,
+        replace(loaded.options, prompt_cache_mb=0),  # which costs no step anything
         sampling,
         version("llama-cpp-python"),
         version("torch"),

@@ -5,6 +5,8 @@ Each is its sequence alone, cells are shared and freed, nobody waits for ever.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -15,7 +17,7 @@ from simulation import GOOD, adaptive
 from model.decoding.draft_policy import DraftPolicy, FixedPolicy
 from model.decoding.drafters.drafter import HEADS, NGRAM
 from model.decoding.drafters.ngram import NgramDrafter
-from model.decoding.kv_slots import common_prefix
+from model.decoding.prompt_cache import PromptCache, common_prefix
 from model.decoding.sampling import SamplingParams
 from model.decoding.scheduler import Scheduler
 from model.decoding.sequence import Sequence
@@ -29,9 +31,17 @@ PARAMS = [SamplingParams(), SamplingParams(temperature=0.8, seed=3), EXTRAS["fre
 
 
 class Counting(FakeBase):
-    """Counts prompt tokens and steps, and the most cells there were."""
+    """Counts prompt tokens, steps and what was restored, and the most cells there were."""
 
     n_read = n_steps = most = 0
+
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.restored = list[int]()  # sequence ids
+
+    def restore_state(self, seq: int, state: npt.NDArray[np.uint8]) -> bool:
+        self.restored.append(seq)
+        return super().restore_state(seq, state)
 
     def prefill(self, tokens: npt.NDArray[np.int32], pos: int, seq: int) -> None:
         self.n_read += len(tokens)
@@ -84,9 +94,13 @@ def run(scheduler: Scheduler, sequences: list[Sequence]) -> list[Sequence]:
     return ended
 
 
-def many(base: FakeBase, policy: DraftPolicy | None = None, **options: int) -> Scheduler:
+def saving() -> PromptCache:
+    return PromptCache(1 << 20)
+
+
+def many(base: FakeBase, policy: DraftPolicy | None = None, **options: Any) -> Scheduler:
     defaults = {"max_running": 3, "n_cells": 2000}
-    return Scheduler(base, policy or FixedPolicy(), **{**defaults, **options})  # type: ignore[arg-type]
+    return Scheduler(base, policy or FixedPolicy(), **{**defaults, **options})
 
 
 @pytest.mark.parametrize("prefix_cache", [False, True])
@@ -102,7 +116,12 @@ def test_every_sequence_is_the_sequence_alone(slots: int, kind: str, prefix_cach
         base, 14, {"plain": None, "tree": TREE, "shared": GROWN}[kind], same=5
     )
     scheduler = many(
-        base, policy, max_running=slots, n_cells=cells, prefill_chunk=7, prefix_cache=prefix_cache
+        base,
+        policy,
+        max_running=slots,
+        n_cells=cells,
+        prefill_chunk=7,
+        prompt_cache=saving() if prefix_cache else None,
     )
     ended = run(scheduler, sequences)
     assert set(ended) == set(sequences)
@@ -126,7 +145,9 @@ def test_negative_controls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(base, "seq_cp", lambda *_: None)
     else:
         monkeypatch.setattr("model.decoding.kv_slots.common_prefix", lambda a, b, most: most)
-    run(many(base, FixedPolicy(TREE), max_running=4, n_cells=4000, prefix_cache=True), sequences)
+    run(
+        many(base, FixedPolicy(TREE), max_running=4, n_cells=4000, prompt_cache=saving()), sequences
+    )
     assert any(sequence.tokens != alone(base, sequence) for sequence in sequences)
 
 
@@ -196,7 +217,13 @@ def test_the_cache_never_overflows(prefix_cache: bool) -> None:
     base = Counting(n_seq_max=36, n_ctx=230)
     sequences = make_sequences(base, 40, TREE, same=20)
     run(
-        many(base, FixedPolicy(TREE), max_running=9, n_cells=230, prefix_cache=prefix_cache),
+        many(
+            base,
+            FixedPolicy(TREE),
+            max_running=9,
+            n_cells=230,
+            prompt_cache=saving() if prefix_cache else None,
+        ),
         sequences,
     )
     assert all(sequence.tokens == alone(base, sequence) for sequence in sequences)
@@ -213,7 +240,7 @@ def test_an_aborted_sequence_frees_its_slot_and_leaves_the_others_alone(prefix_c
         max_running=4,
         n_cells=600,
         prefill_chunk=9,
-        prefix_cache=prefix_cache,
+        prompt_cache=saving() if prefix_cache else None,
     )
     running, prefilling, waiting = sequences[0], new_sequence([9] * 80, 120), new_sequence([9], 500)
     running.max_length = 300
@@ -244,24 +271,24 @@ def generated(base: Counting, scheduler: Scheduler, prompt: list[int], n: int = 
 
 def test_a_prompt_that_goes_on_with_a_finished_sequence_reads_only_what_is_new() -> None:
     base = Counting()
-    scheduler = many(base, FixedPolicy(TREE), prefix_cache=True)
+    scheduler = many(base, FixedPolicy(TREE), prompt_cache=saving())
     first = generated(base, scheduler, list(range(40)))
     assert base.n_read == 39 and first.n_reused == 0
     turn = generated(base, scheduler, [*first.tokens, 1, 2, 3])
     assert base.n_read == 39 + 3 and turn.n_reused == len(first.tokens) - 1
     again = generated(base, scheduler, list(range(40)))
     assert base.n_read == 42 and again.n_reused == 39, "all but the root"
-    other = generated(base, scheduler, [*range(10), *range(30, 0, -1)])
-    assert other.n_reused == 10 and base.n_read == 42 + 29
+    other = generated(base, scheduler, [*range(20), *range(30, 0, -1)])
+    assert other.n_reused == 20 and base.n_read == 42 + 29
     kept = generated(base, scheduler, list(range(40)))
-    assert kept.n_reused == 39, "a short common prefix did not cost the long sequence its slot"
+    assert kept.n_reused == 39, "what shares a prefix with it did not cost it its place"
     scheduler.kv_slots.clear()
     assert base.cells == []
 
 
 def test_a_prompt_shares_the_cells_of_a_running_sequence() -> None:
     base = Counting()
-    scheduler = many(base, FixedPolicy(TREE), max_running=2, prefix_cache=True)
+    scheduler = many(base, FixedPolicy(TREE), max_running=2, prompt_cache=saving())
     first = new_sequence(list(range(40)), 20)
     scheduler.add(first)
     scheduler.step()
@@ -273,7 +300,7 @@ def test_a_prompt_shares_the_cells_of_a_running_sequence() -> None:
 
 def test_sequences_of_one_prompt_read_it_once() -> None:
     base = Counting()
-    scheduler = many(base, max_running=5, prefill_chunk=8, prefix_cache=True)
+    scheduler = many(base, max_running=5, prefill_chunk=8, prompt_cache=saving())
     prompt = [*range(45), 5]
     sequences = [
         new_sequence(prompt, 14, SamplingParams(temperature=1.0, seed=i)) for i in range(4)
@@ -285,7 +312,7 @@ def test_sequences_of_one_prompt_read_it_once() -> None:
 
 def test_a_prompt_whose_logits_are_wanted_is_read_whole() -> None:
     base = Counting()
-    scheduler = many(base, prefill_chunk=8, prefix_cache=True)
+    scheduler = many(base, prefill_chunk=8, prompt_cache=saving())
     prompt = list(range(30))
     generated(base, scheduler, prompt)
     echoed = new_sequence(prompt, 0, echo=True, logprobs=1)
@@ -305,29 +332,47 @@ def test_a_prompt_whose_logits_are_wanted_is_read_whole() -> None:
     assert fresh.n_reused == 0 and fresh.tokens == alone(base, fresh)
 
 
-def test_kept_prefixes_make_room_the_least_recently_used_first() -> None:
-    base = Counting(n_ctx=200)
-    scheduler = many(base, max_running=8, n_cells=200, prefix_cache=True)
-    prompts = [[i] * 40 for i in range(3)]
-    for prompt in prompts:
-        generated(base, scheduler, prompt)
-    generated(base, scheduler, prompts[0])  # used again
-    generated(base, scheduler, [9] * 80, 20)
-    assert generated(base, scheduler, prompts[0]).n_reused == 39
-    assert generated(base, scheduler, prompts[1]).n_reused == 0
-
-
-def test_a_prefix_that_nobody_comes_back_to_is_evicted(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.decoding.kv_slots.CACHE_TTL_STEPS", 100)
+def test_what_finished_sequences_leave_takes_no_cells_and_has_a_limit() -> None:
+    """FakeBase's states take 8 bytes a token: there is room for two of three prompts."""
     base = Counting()
-    scheduler = many(base, prefix_cache=True)
-    first, other = [1] * 40, [2] * 40
-    generated(base, scheduler, first)
-    generated(base, scheduler, other, 90)
-    assert generated(base, scheduler, first).n_reused == 39
-    generated(base, scheduler, other, 90)
-    generated(base, scheduler, other, 20)
-    assert generated(base, scheduler, first).n_reused == 0
+    scheduler = many(base, max_running=8, prompt_cache=PromptCache(8 * 100))
+    prompts = [[i] * 40 for i in range(3)]
+    for prompt in prompts[:2]:
+        generated(base, scheduler, prompt)
+        assert base.cells == []
+    generated(base, scheduler, prompts[0])  # used again
+    generated(base, scheduler, prompts[2])
+    assert generated(base, scheduler, prompts[0]).n_reused == 39
+    assert generated(base, scheduler, prompts[1]).n_reused == 0, "the least recently used went"
+    too_long = [7] * 150
+    generated(base, scheduler, too_long)
+    assert generated(base, scheduler, too_long).n_reused == 0
+
+
+def test_a_saved_sequence_that_is_gone_on_with_is_kept_once() -> None:
+    base = Counting()
+    cache = PromptCache(1 << 20)
+    scheduler = many(base, prompt_cache=cache)
+    first = generated(base, scheduler, list(range(40)))
+    longer = generated(base, scheduler, [*first.tokens, 1, 2, 3])
+    assert cache.n_bytes == 8 * (len(longer.tokens) - 1)
+    generated(base, scheduler, list(range(30)))
+    both = cache.n_bytes
+    generated(base, scheduler, list(range(30)))
+    assert cache.n_bytes == both, "what is covered by a saved sequence is not saved again"
+
+
+def test_what_runs_moves_to_the_low_cells_when_what_was_below_has_finished() -> None:
+    base = Counting()
+    sequences = [new_sequence([1] * 300, 10), new_sequence([2] * 40, 80)]
+    scheduler = many(base, FixedPolicy(TREE), prompt_cache=saving())
+    for sequence in sequences:
+        scheduler.add(sequence)
+    while sequences[0] not in scheduler.step():
+        pass
+    assert base.restored == [sequences[1].seq_ids.start]
+    run(scheduler, [])
+    assert all(sequence.tokens == alone(base, sequence) for sequence in sequences)
 
 
 def test_the_common_prefix() -> None:

@@ -6,6 +6,8 @@ get alone, and no cell may be lost or kept too long.
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from fake_base import FakeBase
 from hypothesis import HealthCheck, Phase, settings
@@ -23,6 +25,8 @@ from oracles import EXTRAS, Knowing, new_sequence, plain
 from model.decoding.draft_policy import FixedPolicy
 from model.decoding.drafters.drafter import HEADS, NGRAM
 from model.decoding.drafters.ngram import NgramDrafter
+from model.decoding.kv_slots import KVSlots
+from model.decoding.prompt_cache import PromptCache
 from model.decoding.sampling import SamplingParams
 from model.decoding.scheduler import Scheduler
 from model.decoding.sequence import Sequence
@@ -32,6 +36,7 @@ TREE = Tree.product([2, 2])
 POLICY = FixedPolicy(TREE, 3)
 SLOTS = 3
 CELLS = 120
+SAVED_BYTES = 8 * 90  # of FakeBase's states: two or three sequences
 PARAMS = [SamplingParams(), SamplingParams(temperature=0.8, seed=3), EXTRAS["frequency"]]
 # prompts that begin alike
 STEMS = [[], [1, 2, 3, 4, 5, 6, 7, 8, 9], [1, 2, 3, 4, 5, 30, 31, 32], [9] * 20]
@@ -46,7 +51,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         super().__init__()
         self.base = FakeBase(n_seq_max=SLOTS * POLICY.max_leaves, n_ctx=CELLS)
         self.scheduler = Scheduler(
-            self.base, POLICY, max_running=SLOTS, n_cells=CELLS, prefill_chunk=7, prefix_cache=True
+            self.base,
+            POLICY,
+            max_running=SLOTS,
+            n_cells=CELLS,
+            prefill_chunk=7,
+            prompt_cache=PromptCache(SAVED_BYTES),
         )
         self.expected: dict[Sequence, list[int]] = {}
 
@@ -138,16 +148,38 @@ QUICK = settings(
 CONTROLS = settings(QUICK, phases=[Phase.generate])
 
 
-def test_any_order_of_events() -> None:
+def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.decoding.kv_slots.MIN_SHARED_TO_RESTORE", 2)
+    monkeypatch.setattr("model.decoding.kv_slots.MIN_GAP", 8)
     run_state_machine_as_test(SchedulerMachine, settings=QUICK)
 
 
 @pytest.mark.parametrize(
-    "fault", ["prefix taken for longer than it is", "rejected cells kept", "aborted cells kept"]
+    "fault",
+    [
+        "prefix taken for longer than it is",
+        "rejected cells kept",
+        "aborted cells kept",
+        "restored prefix not cut",
+        "moved to other ids",
+    ],
 )
 def test_negative_controls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("model.decoding.kv_slots.MIN_SHARED_TO_RESTORE", 2)
+    monkeypatch.setattr("model.decoding.kv_slots.MIN_GAP", 8)
     if fault.startswith("prefix"):
         monkeypatch.setattr("model.decoding.kv_slots.common_prefix", lambda a, b, most: most)
+    elif fault.startswith("restored"):
+        whole = KVSlots._restore
+
+        def restore(self: KVSlots, *args: Any) -> None:
+            with monkeypatch.context() as patched:
+                patched.setattr(FakeBase, "seq_rm", lambda *_: None)
+                whole(self, *args)
+
+        monkeypatch.setattr(KVSlots, "_restore", restore)
+    elif fault.startswith("moved"):
+        monkeypatch.setattr(KVSlots, "_spread", lambda *_: None)
     elif fault.startswith("rejected"):
         monkeypatch.setattr("model.decoding.step.roll_back", lambda *_: None)
     else:
