@@ -3,7 +3,7 @@
     git worktree add ../before 45de5a9    # before the scheduler ran single sequences too
     python benchmarks/run_loop.py --before ../before [--rounds 15] [--threads 1]
 
-A child process for each checkout loads the bundled model once; then both are asked in turn for the
+A child process for each checkout loads the model once; then both are asked in turn for the
 same sequences, greedily: without drafts, with a chain of three that is always wrong, and with
 n-grams. Seconds are those of the whole loop, from the end of the prefill to the end of the
 sequence, text collected, per step. Ratios are this checkout's ÷ the other's, medians over rounds;
@@ -41,9 +41,9 @@ PROMPT_CHARS = 400  # of each prompt: prefills are not measured
 class Child:
     """The process of a checkout."""
 
-    def __init__(self, checkout: Path, n_threads: int) -> None:
+    def __init__(self, checkout: Path, model: Path, n_threads: int) -> None:
         env = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "GOMP_SPINCOUNT": "300000"}
-        command = [sys.executable, str(CHILD), str(checkout), str(MODEL), str(n_threads)]
+        command = [sys.executable, str(CHILD), str(checkout), str(model), str(n_threads)]
         self._process = subprocess.Popen(
             command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -149,6 +149,9 @@ def describe(case: str, result: dict[str, Any]) -> str:
 
 @click.command()
 @click.option("--before", required=True, type=click.Path(path_type=Path, exists=True))
+@click.option(
+    "--model", default=MODEL, type=click.Path(path_type=Path, exists=True), show_default="bundled"
+)
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--n_prompts", default=4, show_default=True)
 @click.option("--max_tokens", default=96, show_default=True)
@@ -159,21 +162,21 @@ def describe(case: str, result: dict[str, Any]) -> str:
     default=ROOT / "benchmarks" / "results" / "run_loop.json",
 )
 def main(
-    before: Path, rounds: int, n_prompts: int, max_tokens: int, threads: int, out: Path
+    before: Path, model: Path, rounds: int, n_prompts: int, max_tokens: int, threads: int, out: Path
 ) -> None:
     """Compare the run loops of two checkouts."""
     before = before.resolve()
     prompts = [text[:PROMPT_CHARS] for text in read_prompt_file(HELD_OUT)[:n_prompts]]
     results = dict[str, Any]()
-    with Child(before, threads) as former, Child(ROOT, threads) as present:
+    with Child(before, model, threads) as former, Child(ROOT, model, threads) as present:
         for case in CASES:
             results[case] = measure_case((former, present), case, prompts, max_tokens, rounds)
             click.echo(describe(case, results[case]))
     content = {
         "command": f"python benchmarks/run_loop.py --before {os.path.relpath(before, ROOT)} "
-        f"--rounds {rounds} --threads {threads}",
+        f"--model {model.name} --rounds {rounds} --threads {threads}",
         "commits": {"before": commit(before), "after": commit(ROOT)},
-        "model": MODEL.name,
+        "model": model.name,
         "threads": threads,
         "rounds": rounds,
         "n_prompts": n_prompts,

@@ -16,7 +16,7 @@ import click
 class Answer:
     """One completion as its client saw it.
 
-    first_s, rest_s: seconds to its first chunk, and from there to its last. timings: the server's.
+    first_s, rest_s: seconds to its first text, and from there to its end. timings: the server's.
     """
 
     first_s: float
@@ -29,12 +29,12 @@ class Answer:
         return int(self.timings["predicted_n"])
 
 
-async def ask(address: str, **fields: Any) -> Answer:
+async def ask(address: str, path: str = "/v1/completions", **fields: Any) -> Answer:
     """Stream one completion. By hand: a client library would take more time than the server."""
     url = urlsplit(address)
     body = json.dumps({"stream": True, **fields}).encode()
     headers = f"Host: localhost\r\nContent-Length: {len(body)}\r\nConnection: close"
-    head = f"POST /v1/completions HTTP/1.1\r\n{headers}\r\n\r\n".encode()
+    head = f"POST {path} HTTP/1.1\r\n{headers}\r\n\r\n".encode()
     reader, writer = await asyncio.open_connection(url.hostname, url.port, limit=1 << 20)
     began = perf_counter()
     first = 0.0
@@ -44,7 +44,8 @@ async def ask(address: str, **fields: Any) -> Answer:
     async for line in reader:
         if line.startswith(b"data: {"):
             last = perf_counter()
-            first = first or last
+            if not first and _has_text(json.loads(line[6:])):
+                first = last
             if b'"timings"' in line:
                 timings = json.loads(line[6:])["timings"]
         elif line.startswith(b"{"):
@@ -52,7 +53,14 @@ async def ask(address: str, **fields: Any) -> Answer:
     writer.close()
     if timings is None:
         raise click.ClickException("a completion was not finished")
+    first = first or last  # it came to nothing
     return Answer(first - began, last - first, timings)
+
+
+def _has_text(event: dict[str, Any]) -> bool:
+    """Say whether an event brings text: the first one of a chat names the role alone."""
+    choice = event["choices"][0]
+    return bool(choice.get("text") or choice.get("delta", {}).get("content"))
 
 
 async def load(
