@@ -197,7 +197,8 @@ class Trainer:
                     break
                 began = time.monotonic()
                 rate, loss = self._step(group)
-                at.seconds += time.monotonic() - began
+                if self._until is not None:
+                    at.seconds += time.monotonic() - began
                 at.step += 1
                 at.step_in_epoch += 1
                 bar.update()
