@@ -57,6 +57,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "CORS_ORIGINS": "https://a.example/, http://b:1",
         "ALLOWED_HOSTS": "llm.home,,box",
         "N_PARALLEL": "8",
+        "PROMPT_CACHE_MB": "7",
         "MAX_QUEUE": "0",
         "MAX_BODY_BYTES": "5000",
         "REQUEST_TIMEOUT": "60",
@@ -81,6 +82,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (s.origins, s.hosts) == (("https://a.example", "http://b:1"), ("llm.home", "box"))
     assert (s.request_timeout, s.shutdown_timeout, s.cache_tokens) == (60, 0, 9999)
+    assert s.prompt_cache_mb == 7
     assert (
         s.api_key is not None and s.api_key.get_secret_value() == "sk-1" and "sk-1" not in repr(s)
     )
