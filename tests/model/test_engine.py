@@ -481,6 +481,7 @@ def test_ctrl_c_within_a_step_leaves_no_trace(
             if fault:
                 patch.setattr(Decoder, "reset", only_abort)
                 patch.setattr(KVSlots, "_remove", lambda *_: None)
+                engine._decoder.scheduler.kv_slots.clear()
                 patch.setattr(KVSlots, "_save", lambda *_: None)
             with pytest.raises(KeyboardInterrupt):
                 generate()
