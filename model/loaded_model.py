@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.base.chat import ChatTemplate, user_turn
 from model.base.cores import physical_memory, usable_cores
 from model.base.llama import MAX_SEQUENCES, LlamaBase
 from model.base.llama_model import LlamaModel
@@ -313,10 +314,19 @@ class LoadedModel:
         )
 
     def request(
-        self, prompt: str, max_tokens: int, sampling: SamplingParams, *, stop: tuple[str, ...] = ()
+        self,
+        prompt: str,
+        max_tokens: int,
+        sampling: SamplingParams,
+        *,
+        template: ChatTemplate | None = None,
+        stop: tuple[str, ...] = (),
     ) -> Request:
-        """Make a request from text."""
-        tokens = encode_prompt(self.base_model, prompt)
+        """Make a request from text: a user's turn in a chat template, or a text to go on with."""
+        if template is None:
+            tokens = encode_prompt(self.base_model, prompt)
+        else:
+            tokens = encode_prompt(self.base_model, [user_turn(prompt)], template)
         return Request(prompt=tokens, max_tokens=max_tokens, sampling=sampling, stop=stop)
 
     def close(self) -> None:

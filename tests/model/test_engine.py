@@ -290,7 +290,7 @@ def test_an_engine_that_cannot_be_opened(bundled_gguf: Path, tmp_path: Path) -> 
     for n_parallel in (0, 257):
         with pytest.raises(UsageError, match=f"n_parallel {n_parallel} is outside"):
             Engine(bundled_gguf, n_parallel=n_parallel)
-    with pytest.raises(UsageError, match="'chatml' is unknown; use one of auto, vicuna, none"):
+    with pytest.raises(UsageError, match="chatml: is none of auto, vicuna, none, and no file"):
         Engine(bundled_gguf, chat_template="chatml")
     without = open_engine(bundled_gguf, heads_path=tmp_path / "nowhere")
     with without, pytest.raises(HeadsError, match="nowhere"):
