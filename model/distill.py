@@ -3,6 +3,7 @@
 Heads learn best from what their base model says itself.
 
 python model/distill.py --base_model_path X.gguf --prompts chats.jsonl --output answers.jsonl
+python model/distill.py --base_model_path chat.gguf --output answers.jsonl    # it asks itself, too
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +29,27 @@ import click  # noqa: E402
 from config import Settings  # noqa: E402
 from model.base.chat import ChatTemplate, chosen_template  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
-from model.base.llama import LlamaBase  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
-from model.errors import DataError, ModelFileError  # noqa: E402
+from model.errors import DataError  # noqa: E402
 from model.training.command import run_command, script_command  # noqa: E402
 from model.training.data.prompts import Prompt, make_prompts  # noqa: E402
 from model.training.data.records import read_records  # noqa: E402
 from model.training.data.token_encoder import PartEncoder  # noqa: E402
 from model.training.distillation.answers import AnswerFile, DistilledAnswer  # noqa: E402
-from model.training.distillation.base_model_answers import answer_with_base  # noqa: E402
-from model.training.distillation.dialogue import Dialogue, opening  # noqa: E402
+from model.training.distillation.dialogue import opening  # noqa: E402
 from model.training.distillation.endpoint import (  # noqa: E402
     Endpoint,
     Exchange,
     answer_with_endpoint,
 )
+from model.training.distillation.local_source import LocalSource, Outcomes, Tick  # noqa: E402
 from model.training.distillation.options import OPTIONS, DistillOptions  # noqa: E402
 from model.training.distillation.progress_bar import ProgressBar  # noqa: E402
+from model.training.distillation.question_file import QuestionFile  # noqa: E402
 from model.training.distillation.transcript import answer_of_text  # noqa: E402
 
 NAMED = 5  # records that cannot be used are named up to here, then counted
-Tick = Callable[[int], None]  # is given the number of tokens that came just now
-# A prompt's id, and its answer or why there is none.
-Outcomes = Generator[tuple[str, DistilledAnswer | str], None, None]
 
 
 def distill(options: DistillOptions) -> None:
@@ -69,24 +67,35 @@ def distill(options: DistillOptions) -> None:
     kind = "answers chats" if chosen else "continues texts"
     click.echo(f"model   {file.name} ({file.file_type}): {kind}")
 
-    # The prompts: of conversations the users' turns, of texts pieces to continue.
-    prompts = wanted_prompts(options, chat=chosen is not None)
-
     # The answers: those that are there stay, the others are written as they come.
     with contextlib.ExitStack() as opened:
         answers = opened.enter_context(
             AnswerFile(path=options.output, facts=facts(file), identity=options.identity(file))
         )
-        todo = [prompt for prompt in prompts if prompt.id not in answers.done]
-        source = options.prompts or "standard library"
-        click.echo(f"prompts {source}: {len(prompts):,}, {len(todo):,} to be answered")
         model = opened.enter_context(contextlib.closing(load_model(file, settings)))
+        source = LocalSource(
+            options, model, template, max_length=max_length, fingerprint=file.file_fingerprint(),
+            n_threads=settings.n_threads, flash_attn=settings.flash_attn,
+            kv_type=settings.kv_type,
+        )  # fmt: skip
+
+        # The prompts: users' turns, given or the model's own; of texts pieces to continue.
+        questions = None
+        if chosen and not options.prompts and not endpoint:
+            questions = QuestionFile(answers.folder / "questions.jsonl")
+            prompts = source.ask_itself(questions)
+        else:
+            prompts = wanted_prompts(options, chat=chosen is not None)
+        todo = [prompt for prompt in prompts if prompt.id not in answers.done]
+        named = "its own questions" if questions else options.prompts or "standard library"
+        click.echo(f"prompts {named}: {len(prompts):,}, {len(todo):,} to be answered")
+
         bar = ProgressBar(len(prompts), len(prompts) - len(todo))
         opened.enter_context(contextlib.closing(bar))
         if endpoint:
             outcomes = from_endpoint(endpoint, options, model, template, todo, bar.tick)
         else:
-            outcomes = from_gguf(options, settings, model, template, todo, max_length, bar.tick)
+            outcomes = source.answers(todo, bar.tick)
         with contextlib.closing(outcomes):
             for key, outcome in outcomes:
                 if isinstance(outcome, DistilledAnswer):
@@ -96,6 +105,8 @@ def distill(options: DistillOptions) -> None:
                     bar.end(key, outcome)
         bar.close()
         report(options, answers, bar, file)
+        if questions:
+            click.echo(f"        questions: {questions.summary()}")
 
 
 def wanted_prompts(options: DistillOptions, *, chat: bool) -> list[Prompt]:
@@ -124,45 +135,6 @@ def load_model(file: GGUFFile, settings: Settings) -> LlamaModel:
         file.path, n_gpu_layers=settings.n_gpu_layers, use_mmap=settings.use_mmap,
         use_mlock=settings.use_mlock,
     )  # fmt: skip
-
-
-def from_gguf(
-    options: DistillOptions,
-    settings: Settings,
-    model: LlamaModel,
-    template: ChatTemplate,
-    prompts: list[Prompt],
-    max_length: int,
-    tick: Tick,
-) -> Outcomes:
-    """Yield the local model's answers: `--parallel` prompts at a time in one context."""
-    # A context for all that are under way.
-    parallel = min(options.parallel, max(1, len(prompts)))
-    if all(prompt.length for prompt in prompts):  # pieces of a known length
-        longest = options.prompt_tokens[1] + 1 + options.max_new_tokens
-        max_length = min(max_length, longest)
-    try:
-        base = LlamaBase(
-            model, n_ctx=parallel * max_length, n_threads=settings.n_threads, n_seq_max=parallel,
-            flash_attn=settings.flash_attn, kv_type=settings.kv_type, unified=False,
-        )  # fmt: skip
-    except ModelFileError:
-        raise ModelFileError(
-            f"{model.path}: llama.cpp made no KV cache for {parallel} sequences of {max_length} "
-            "tokens; lower --parallel or --max_length, or run with LOG_LEVEL=DEBUG to see "
-            "its reasons"
-        ) from None
-
-    # Their answers, as they come.
-    encoder = PartEncoder(model)
-    dialogues = (Dialogue(prompt, model, encoder, template) for prompt in prompts)
-    with base:
-        for dialogue in answer_with_base(
-            base, dialogues, model, options.sampling, parallel=parallel, max_length=max_length,
-            max_new_tokens=options.max_new_tokens, cut_loops=options.loops == "cut", on_tokens=tick,
-        ):  # fmt: skip
-            temperature = options.sampling(dialogue.prompt, 0).temperature
-            yield dialogue.prompt.id, dialogue.problem or dialogue.result(temperature)
 
 
 def from_endpoint(

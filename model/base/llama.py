@@ -253,6 +253,31 @@ class LlamaBase:
         """
         llama_cpp.llama_memory_seq_cp(self._memory, source, target, start, end)
 
+    def state_bytes(self, seq: int) -> int:
+        """Return how many bytes `save_state` would return."""
+        return int(llama_cpp.llama_state_seq_get_size(self._ctx, seq))
+
+    def save_state(self, seq: int) -> npt.NDArray[np.uint8]:
+        """Return a copy of all that a sequence has in the cache, for `restore_state`."""
+        state = np.empty(self.state_bytes(seq), np.uint8)
+        kind = ctypes.POINTER(ctypes.c_uint8)
+        written = llama_cpp.llama_state_seq_get_data(
+            self._ctx, state.ctypes.data_as(kind), state.nbytes, seq
+        )
+        assert written == state.nbytes, f"{written} bytes of a sequence's {state.nbytes}"
+        return state
+
+    def restore_state(self, seq: int, state: npt.NDArray[np.uint8]) -> bool:
+        """Give a sequence that has nothing in the cache what was saved; False: no room for it.
+
+        Its next logits are those that the saved sequence would have had, bit for bit.
+        """
+        kind = ctypes.POINTER(ctypes.c_uint8)
+        read = llama_cpp.llama_state_seq_set_data(
+            self._ctx, state.ctypes.data_as(kind), state.nbytes, seq
+        )
+        return bool(read)
+
     def clear(self) -> None:
         """Empty the cache."""
         llama_cpp.llama_memory_clear(self._memory, False)

@@ -10,7 +10,7 @@ from time import perf_counter
 
 from tqdm import tqdm
 
-BAR = "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt} prompts{postfix}, {remaining} left"
+BAR = "{desc} {percentage:3.0f}% |{bar:30}| {n_fmt}/{total_fmt}{postfix}, {remaining} left"
 REFRESH_S = 0.5
 
 
@@ -20,11 +20,11 @@ class ProgressBar:
     Close it when the work is done.
     """
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, name: str = "answers") -> None:
         self.tokens = 0
         self.seconds = 0.0
         self.failed = 0
-        self._bar = tqdm(total=total, initial=done, desc="answers", bar_format=BAR)
+        self._bar = tqdm(total=total, initial=done, desc=name, bar_format=BAR)
         self._began = perf_counter()
         self._shown = self._began
 
