@@ -97,7 +97,7 @@ OPTIONS = (
     ),
     _option("language", "English", "Language of the questions that a chat model asks itself."),
     _option(
-        "question_temperature", "0.8,1.0", "Temperatures that such questions use in turn.",
+        "question_temperature", "0.7,1.0", "Temperatures that such questions use in turn.",
         callback=_numbers,
     ),
     _option("question_tokens", 192, "Longer ones are dropped.", _SOME),

@@ -25,6 +25,9 @@ from model.training.distillation.user_turn import UserTurn, open_user_turn
 # Of the last so many questions, one in TRUST must have been kept: else the model can't write any.
 WINDOW = 256
 TRUST = 20
+# A token must be this likely beside the likeliest: without it a small model (135 M parameters) at
+# temperature 1 soon writes noise that never ends.
+MIN_P = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +104,7 @@ class QuestionWriter:
         temperatures = self._style.temperatures
         temperature = temperatures[number // len(self._kinds) % len(temperatures)]
         seed = prompt_seed(self._style.seed, f"question {number}", 0)
-        return SamplingParams(temperature=temperature, seed=seed)
+        return SamplingParams(temperature=temperature, min_p=MIN_P, seed=seed)
 
     def write(
         self,
