@@ -182,6 +182,14 @@ class AnswerFile:
         if looped:
             tally.loops += 1
 
+    def total(self) -> Tally:
+        """Return the counts over all temperatures."""
+        total = Tally()
+        for tally in self.by_temperature.values():
+            for name, value in vars(tally).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
+
     def add(self, answer: DistilledAnswer) -> None:
         """Write one finished prompt."""
         spoken = (answer.tokens[start:end] for start, end in answer.spans)

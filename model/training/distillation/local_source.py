@@ -6,23 +6,26 @@ Knows nothing of the files that answers go to.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 
 import click
 
 from model.base.chat import ChatTemplate
 from model.base.llama_model import LlamaModel
+from model.errors import DataError
 from model.training.data.prompts import Prompt, own_prompt
 from model.training.data.token_encoder import PartEncoder
 from model.training.distillation.answers import DistilledAnswer
 from model.training.distillation.base_model_answers import answer_with_base
-from model.training.distillation.dialogue import Dialogue
+from model.training.distillation.dialogue import Dialogue, opening
+from model.training.distillation.endpoint import Endpoint, Exchange, answer_with_endpoint
 from model.training.distillation.options import OWN_QUESTIONS, DistillOptions
 from model.training.distillation.parallelism import measured_parallelism
 from model.training.distillation.progress_bar import ProgressBar
 from model.training.distillation.question_file import QuestionFile
 from model.training.distillation.question_writer import QuestionWriter
 from model.training.distillation.shared_prefixes import PrefixSharingBase, sequences_of
+from model.training.distillation.transcript import answer_of_text
 
 Tick = Callable[[int], None]  # is given the number of tokens that came just now
 # A prompt's id, and its answer or why there is none.
@@ -79,7 +82,43 @@ class LocalSource:
                 temperature = options.sampling(dialogue.prompt, 0).temperature
                 yield dialogue.prompt.id, dialogue.problem or dialogue.result(temperature)
 
-    def ask_itself(self, file: QuestionFile) -> list[Prompt]:
+    def answers_from(self, endpoint: Endpoint, prompts: list[Prompt], tick: Tick) -> Outcomes:
+        """Yield an endpoint's answers, with the model's ids for them."""
+        options = self._options
+        asked: dict[str, Prompt] = {}
+
+        def exchanges() -> Iterator[Exchange]:
+            for prompt in prompts:
+                asked[prompt.id] = prompt
+                n_questions = max(1, len(prompt.turns))
+                yield Exchange(
+                    id=prompt.id,
+                    turns=prompt.turns,
+                    text="" if prompt.turns else opening(prompt, self._model, self._encoder),
+                    sampling=[options.sampling(prompt, turn) for turn in range(n_questions)],
+                    max_tokens=options.max_new_tokens,
+                )
+
+        # Their ids, as they come.
+        for exchange in answer_with_endpoint(endpoint, exchanges(), options.concurrency):
+            prompt = asked.pop(exchange.id)
+            if exchange.problem:
+                yield prompt.id, exchange.problem
+                continue
+            temperature = exchange.sampling[0].temperature
+            try:
+                answer = answer_of_text(
+                    prompt, exchange.messages, exchange.reasons, self._model, self._encoder,
+                    self._template, temperature,
+                    cut_loops=options.loops == "cut",
+                )  # fmt: skip
+            except DataError as error:
+                yield prompt.id, str(error)
+                continue
+            tick(sum(end - start for start, end in answer.spans))
+            yield prompt.id, answer
+
+    def ask_itself(self, file: QuestionFile, on_tokens: Tick) -> list[Prompt]:
         """Return as many questions of the model's own as are wanted.
 
         Those that the file holds already come first, new ones are added to it.
@@ -94,7 +133,7 @@ class LocalSource:
         if len(file.kept) < wanted:
             max_length = min(self._max_length, writer.longest_opening + style.longest)
             parallel, base = self._context(wanted, max_length)
-            bar = ProgressBar(wanted, len(file.kept), "questions")
+            bar = ProgressBar(wanted, len(file.kept), "questions", on_tokens)
             written = writer.write(
                 base, self._model.n_vocab, file, wanted, parallel=parallel, max_length=max_length,
                 on_tokens=bar.tick,

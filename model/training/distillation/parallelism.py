@@ -10,7 +10,6 @@ import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -25,7 +24,9 @@ KIND = "distilling_parallelism"  # of what is remembered
 # Every fourth: kernels that take four rows at a time are slow on two and three.
 SIZES = (1, 4, 8, 16, 32, 64)
 CONTEXT = 224  # tokens of each sequence: a prompt and half an answer
-N_TIMED = 4  # steps of each size
+# Steps of each size, and rounds over all sizes; the fastest step counts: what disturbs makes slower.
+N_TIMED = 3
+ROUNDS = 2
 BUDGET_S = 30.0  # sizes that would go beyond are left out
 WORSE = 0.85  # of the best rate: larger sizes are not tried any more
 AS_FAST = 0.97  # of the best rate: the smallest such size is taken
@@ -72,7 +73,11 @@ def measured_parallelism(
     if known is None:
         timer = _Timer(model, n_threads, kv_type)
         kinds = (False, True) if flash_attn is None else (flash_attn,)
-        rates = {kind: timer.rates((asked,) if asked else SIZES, kind) for kind in kinds}
+        rates: Rates = {kind: {} for kind in kinds}
+        for _ in range(ROUNDS):
+            for kind in kinds:
+                for n, rate in timer.rates((asked,) if asked else SIZES, kind).items():
+                    rates[kind][n] = max(rate, rates[kind].get(n, 0.0))
         known = rates, timer.bytes_per_token
         listed = {name: rates[kind] for name, kind in _NAMES.items() if kind in rates}
         remember(KIND, key, {"rates": listed, "bytes_per_token": timer.bytes_per_token})
@@ -130,7 +135,7 @@ class _Timer:
         for n in sizes:
             # The next size takes at most as many times longer as it has more rows.
             expected_s = (N_TIMED + 1) * step_s * n / max(rates, default=n)
-            if rates and perf_counter() + expected_s > self._end:
+            if perf_counter() + expected_s > self._end:
                 break
             try:
                 step_s = self._step_s(n, flash_attn)
@@ -161,7 +166,7 @@ class _Timer:
                             outputs=True)  # fmt: skip
                 base.logits(n)
                 times.append(perf_counter() - since)
-        return median(times[1:])
+        return min(times[1:])
 
 
 def _memory_bytes() -> float:
