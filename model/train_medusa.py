@@ -66,6 +66,7 @@ from model.training.states.cached_states import cached_states  # noqa: E402
 from model.training.states.extraction import States, open_base  # noqa: E402
 from model.training.states.manifest import CacheKey  # noqa: E402
 from model.training.states.streamed_states import StreamedStates  # noqa: E402
+from model.training.timed_run import FOLDER, TimedRun  # noqa: E402
 from model.training.tracking import require_tracker  # noqa: E402
 from model.training.train_command import train_options  # noqa: E402
 from model.training.trainer import Trainer, TrainResult  # noqa: E402
@@ -91,10 +92,13 @@ class Setup:
         return click.echo if self.ranks.first else silently
 
 
-def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
+def train(
+    options: TrainOptions, *, overwrite: bool = False, until: float | None = None
+) -> TrainResult:
     """Train heads as the options say; progress is shown on the terminal. Raises MedusaError.
 
-    overwrite: begin anew in a folder that holds a run already.
+    overwrite: begin anew in a folder that holds a run already. until: train up to this time
+    (time.monotonic's) instead of `--epochs`.
     """
     settings = Settings.load()
     ranks = ranks_asked_for()
@@ -146,7 +150,7 @@ def train(options: TrainOptions, *, overwrite: bool = False) -> TrainResult:
         n_learnt = sum(p.numel() for p in heads.parameters())
         kind = f"{options.k_heads} ({options.head_type})"
         run.say(f"heads   {kind}, {n_learnt:,} parameters, on {device.type}")
-        trainer = new_trainer(run, heads, states, learn, check, curve)
+        trainer = new_trainer(run, heads, states, learn, check, curve, until)
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
 
@@ -270,6 +274,7 @@ def new_trainer(
     learn: list[int],
     check: list[int],
     curve: CostCurve | None,
+    until: float | None,
 ) -> Trainer:
     """Return what trains the heads.
 
@@ -302,7 +307,26 @@ def new_trainer(
         teacher=base_lm_head(heads, run.file) if options.loss == "kd" else None,
         curve=curve,
         ranks=run.ranks,
+        until=until,
     )
+
+
+def train_for_hours(options: TrainOptions) -> TrainResult:
+    """Let the model write answers and train on them, for `--hours` in all. Raises MedusaError."""
+    if ranks_asked_for().count > 1:
+        raise UsageError("--hours: for one process; under torchrun, distil first and train then")
+    if options.resume_from:
+        raise UsageError("--hours: goes on by itself in its --output_dir; leave --resume_from out")
+    file = check_loads(Path(options.base_model_path))
+    folder = choose_output_dir(options, file, HEADS_FOLDER)
+    require_writable(folder)
+    with WriterLock(folder / FOLDER):
+        return TimedRun(
+            options,
+            folder,
+            train=lambda options, until: train(options, overwrite=True, until=until),
+            command=[sys.executable, str(ROOT / "model" / "distill.py")],
+        ).run()
 
 
 def base_lm_head(heads: MedusaHeads, file: GGUFFile) -> torch.Tensor:
@@ -317,11 +341,12 @@ def resume_command(output_dir: Path) -> str:
     return f"{script_command(Path(__file__))} --resume_from {shlex.quote(str(output_dir))}"
 
 
-def report(result: TrainResult, base_model: str) -> None:
-    """Say where things lie, and what to type next."""
+def report(result: TrainResult, base_model: str, *, timed: bool) -> None:
+    """Say where things lie, and what to type next. timed: the run had `--hours`."""
     if result.interrupted:
         click.echo(f"stopped after {result.steps} steps; saved in {result.latest}; to go on:")
-        click.echo(f"  {resume_command(result.output_dir)}")
+        again = f"{script_command(Path(__file__))} {shlex.join(sys.argv[1:])}"
+        click.echo(f"  {again if timed else resume_command(result.output_dir)}")
         return
     folder = result.output_dir
     click.echo(f"done    {result.steps} steps in {result.seconds:.0f} s; heads in {result.best}")
@@ -340,9 +365,9 @@ def main(**values: Any) -> None:
     if not options.base_model_path:
         options = replace(options, base_model_path=str(Settings.load().model_path))
     options = with_absolute_paths(options)
-    result = train(options)
+    result = train_for_hours(options) if options.hours else train(options)
     if ranks_asked_for().first:
-        report(result, options.base_model_path)
+        report(result, options.base_model_path, timed=options.hours > 0)
     if result.interrupted:
         sys.exit(130)
 

@@ -60,6 +60,12 @@ class TrainOptions:
     batch_size: int = _option(8, "Sequences of max_length per step.", 1)
     learning_rate: float = _option(1e-3, "Peak learning rate.", 0)
     epochs: int = _option(3, "Passes over the training text.", 1)
+    hours: float = _option(
+        0.0,
+        "Let the model write answers (to the data set's prompts, or its own), and train on them, "
+        "for so long in all; 0: train on the data set as it is.",
+        0,
+    )
     patience: int = _option(
         0,
         "End after so many epochs without a longer acceptance length of the tuned tree; 0: never.",
@@ -97,6 +103,7 @@ FREE_TO_CHANGE = {
     "cache_dir",
     "base_model_path",
     "dataset_name",
+    "hours",
     "patience",
     "report_to",
 }

@@ -54,10 +54,16 @@ class RunFolder:
         # `best` and `latest` twice: what is replaced stays until its successor is there.
         require_room(self.latest, heads * (epochs_left + 2) + 2 * latest)
 
-    def save_epoch(self, progress: RunProgress, found: Evaluation, *, is_best: bool) -> None:
-        """Write the heads of an epoch that was validated; raises OutputError."""
+    def save_epoch(
+        self, progress: RunProgress, found: Evaluation, *, is_best: bool, keep: bool = True
+    ) -> None:
+        """Write the heads of an epoch that was validated; raises OutputError.
+
+        keep: in a folder of their own, even if they are not the best.
+        """
         facts = self._all_facts(progress, found)
-        save_heads(self.path / f"medusa_heads_epoch_{progress.epoch}", self._heads, facts)
+        if keep:
+            save_heads(self.path / f"medusa_heads_epoch_{progress.epoch}", self._heads, facts)
         if is_best:
             save_heads(self.best, self._heads, facts)
 

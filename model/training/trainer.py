@@ -52,6 +52,7 @@ class TrainResult:
     steps: int
     evaluations: list[Evaluation]
     seconds: float
+    steps_per_epoch: int = 0
 
 
 class Trainer:
@@ -60,7 +61,7 @@ class Trainer:
     facts: what `save_heads` keeps with the heads; identity: what must be equal to go on with a run
     later; teacher: the base model's LM head (V, D) for `--loss kd`; curve: what steps cost, by
     which the tree's size is tuned; ranks: the processes that share each batch, of which the first
-    one writes.
+    one writes; until: train up to this time (time.monotonic's) instead of `--epochs`.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Trainer:
         teacher: Tensor | None = None,
         curve: CostCurve | None = None,
         ranks: Ranks = ALONE,
+        until: float | None = None,
     ) -> None:
         self.heads = heads
         self.options = options
@@ -88,6 +90,8 @@ class Trainer:
         self._validation = validation
         self._curve = curve
         self._ranks = ranks
+        self._until = until
+        self._validation_s = 0.0  # seconds of a validation, as last seen
 
     def fit(self) -> TrainResult:
         """Train until all epochs are done or someone asks to stop; save `latest` in either case.
@@ -116,6 +120,7 @@ class Trainer:
             steps=self.progress.step,
             evaluations=evaluations,
             seconds=time.monotonic() - start,
+            steps_per_epoch=self.steps_per_epoch,
         )
 
     def resume(self, path: Path) -> None:
@@ -124,11 +129,22 @@ class Trainer:
 
     @property
     def finished(self) -> bool:
-        """Whether all epochs are done, or as many without a gain as `--patience` allows."""
+        """Whether all epochs are done, or as many without a gain as `--patience` allows.
+
+        With `until`: whether that time has come, and the heads as they are then were validated.
+        """
         epochs_without_gain = self.progress.epoch - self.progress.best_epoch
         if 0 < self.options.patience <= epochs_without_gain:
             return True
+        if self._until is not None:
+            return self._time_is_up() and not self.progress.step_in_epoch
         return self.progress.epoch >= self.options.epochs
+
+    def _time_is_up(self) -> bool:
+        """Whether a run with an end has just the time to validate what it has, after one step."""
+        if self._until is None or not self.progress.step:
+            return False
+        return time.monotonic() + self._validation_s >= self._until
 
     def _left_alone(self, error: RuntimeError) -> DataError:
         """Save what there is, unless another process does, and return what to say."""
@@ -150,7 +166,8 @@ class Trainer:
         evaluations: list[Evaluation] = []
         while not self.finished and not self._ranks.any(stop.is_set()):
             self._epoch(record, stop)
-            if self.progress.step_in_epoch < self.steps_per_epoch:
+            ended = self.progress.step_in_epoch == self.steps_per_epoch
+            if not ended and not self._time_is_up():
                 break
             evaluations.append(self._finish_epoch(record))
         if self.progress.step_in_epoch or not self.progress.epoch:
@@ -166,19 +183,21 @@ class Trainer:
         batches = self._train.epoch(
             (self.options.seed, at.epoch), since=at.step_in_epoch * accumulation
         )
+        of_epochs = f"/{self.options.epochs}" if self._until is None else ""
         bar = tqdm(
             total=self.steps_per_epoch, initial=at.step_in_epoch, unit=" steps", mininterval=0.5,
-            desc=f"epoch {at.epoch + 1}/{self.options.epochs}",
+            desc=f"epoch {at.epoch + 1}{of_epochs}",
         )  # fmt: skip
         saved = time.monotonic()
         with bar:
             while True:
-                asked = self._ranks.any(stop.is_set())
+                asked = self._ranks.any(stop.is_set() or self._time_is_up())
                 group = [] if asked else list(islice(batches, accumulation))
                 if not group:
                     break
                 began = time.monotonic()
                 rate, loss = self._step(group)
+                at.seconds += time.monotonic() - began
                 at.step += 1
                 at.step_in_epoch += 1
                 bar.update()
@@ -203,13 +222,21 @@ class Trainer:
 
     def _step(self, group: list[Batch]) -> tuple[float, float]:
         """Do one step of the optimiser; return its learning rate and loss."""
-        rate = learning_rate(self.progress.step, self.total_steps, self.options.learning_rate)
+        rate = learning_rate(self.progress.step, self._all_steps(), self.options.learning_rate)
         loss = self.learner.step(group, rate)
         if not math.isfinite(loss):
             raise DataError(
                 f"the loss is {loss} at step {self.progress.step + 1}; try a lower --learning_rate"
             )
         return rate, loss
+
+    def _all_steps(self) -> int:
+        """Return how many steps the run will have; with `until`, going by those so far."""
+        at = self.progress
+        if self._until is None or not at.seconds:
+            return self.total_steps
+        left_s = max(0.0, self._until - self._validation_s - time.monotonic())
+        return at.step + max(1, round(left_s * at.step / at.seconds))
 
     def _finish_epoch(self, record: RunRecord | None) -> Evaluation:
         """Validate, report, and save what the epoch brought."""
@@ -227,7 +254,8 @@ class Trainer:
             at.best_epoch = at.epoch
         if record:
             self._report(record, found)
-            self.folder.save_epoch(at, found, is_best=better)
+            # Nobody knows how many epochs there will be until a time: only the best is kept.
+            self.folder.save_epoch(at, found, is_best=better, keep=self._until is None)
         self.save_latest(found)
         return found
 
@@ -243,7 +271,9 @@ class Trainer:
 
         The first time, choose how many nodes their tree has, so that lengths can be compared.
         """
+        began = time.monotonic()
         found = evaluate(self.heads, self._validation.epoch())
+        self._validation_s = time.monotonic() - began
         nodes = self.progress.tree_nodes or tuned_nodes(found.rank_accuracies, self._curve)
         nodes = self._ranks.first_says(nodes)
         self.progress.tree_nodes = nodes
@@ -260,7 +290,7 @@ class Trainer:
             f"{found.tree_length:.2f} with {found.tree_nodes} nodes"
         )
         record.draw()
-        if self.finished and at.epoch < self.options.epochs:
+        if self.finished and self._until is None and at.epoch < self.options.epochs:
             click.echo(
                 f"epoch {at.best_epoch} was the last that brought something; "
                 "training ends (--patience)"

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,7 +66,11 @@ class Nothing(Counting):
 
 
 def build(
-    folder: Path, options: TrainOptions = OPTIONS, states: Counting | None = None, **config: Any
+    folder: Path,
+    options: TrainOptions = OPTIONS,
+    states: Counting | None = None,
+    until: float | None = None,
+    **config: Any,
 ) -> Trainer:
     torch.manual_seed(0)
     states = states or Counting()
@@ -89,6 +94,7 @@ def build(
         facts=facts,
         identity={"text": "1"},
         teacher=torch.randn(VOCAB, DIM),
+        until=until,
     )
 
 
@@ -406,3 +412,33 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] < 0.001
     assert learning_rate(0, 1, 1.0) == 1.0
+
+
+def test_a_run_until_a_time_ends_there_with_heads_that_were_validated(tmp_path: Path) -> None:
+    """However many epochs that is; the learning rate comes to its end at the same time."""
+    began = time.monotonic()
+    trainer = build(tmp_path, replace(OPTIONS, epochs=1), until=began + 2.0)
+    result = trainer.fit()
+    assert 1.5 < time.monotonic() - began < 5
+    assert not result.interrupted and len(result.evaluations) > 1
+    assert (result.best / "config.json").exists() and not list(tmp_path.glob("*epoch_*"))
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if line["kind"] == "train"]
+    assert lines[-1]["kind"] == "validation" and lines[-1]["step"] == result.steps
+    assert rates[-1] < 0.1 * max(rates) and max(rates) > 0.9 * OPTIONS.learning_rate
+
+
+def test_a_time_that_is_over_leaves_one_step(tmp_path: Path) -> None:
+    result = build(tmp_path, until=time.monotonic() - 1).fit()
+    assert result.steps == 1 and not result.interrupted and result.best.exists()
+
+
+def test_a_run_until_a_time_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        stop_at(3, patched)
+        assert build(tmp_path, until=time.monotonic() + 60).fit().interrupted
+    trainer = build(tmp_path, until=time.monotonic() + 1)
+    trainer.resume(tmp_path)
+    assert trainer.progress.step == 3 and trainer.progress.seconds > 0
+    result = trainer.fit()
+    assert not result.interrupted and result.steps > 3

@@ -1,0 +1,209 @@
+"""A run of `--hours`: the model writes answers, then heads learn them, in a time that is given.
+
+    write a little ─▶ try a step ─▶ write as much as can be learnt ─▶ extract and train ─▶ heads
+      a tenth         what it costs        (measured, not guessed)        the rest of the time
+
+Each stage has both the cores and the memory to itself. The folder of the run keeps the answers and
+the time that was spent: the same command goes on after a stop, one with more hours after the end.
+Knows neither prompts nor heads.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import click
+
+from model.errors import UsageError
+from model.training.answer_writer import (
+    FIRST_PROMPTS,
+    Amount,
+    AnswerWriter,
+    amount_of,
+    is_answered,
+)
+from model.training.options import TrainOptions
+from model.training.output_folder import require_no_run
+from model.training.time_plan import Costs, tokens_to_write
+from model.training.timed_record import TimedRecord
+from model.training.trainer import TrainResult
+
+FOLDER = "timed_run"
+FIRST_SHARE = 0.1  # of the time: answers that are written before anything is measured
+TRIAL_SHARE = 0.02  # of the time: the trial of training, or one step where that takes longer
+TRIAL_TOKENS = 4096  # what is learnt in it
+LEAST_ANSWERS = 4  # to learn from and to validate on
+# train(options, until): train up to a time of time.monotonic(), over a run in the same folder.
+Train = Callable[[TrainOptions, float], TrainResult]
+
+
+class TimedRun:
+    """One run of `--hours`.
+
+    folder: its output folder; FOLDER in it holds what a run needs to go on. command: `distill.py`
+    and its interpreter, for the child process that writes answers.
+    """
+
+    def __init__(
+        self, options: TrainOptions, folder: Path, *, train: Train, command: list[str]
+    ) -> None:
+        self._options = options
+        self._output_dir = folder
+        self._folder = folder / FOLDER
+        self._train = train
+        self._total_s = 3600 * options.hours
+        self._record_path = self._folder / "record.json"
+        if not self._record_path.exists():
+            require_no_run(folder, "")
+        self._record = TimedRecord.load(self._record_path)
+        given = Path(options.dataset_name).expanduser()
+        self._answers = self._folder / "answers.jsonl"
+        self._writer: AnswerWriter | None = None
+        if options.dataset_name and is_answered(given):
+            self._answers = given
+        else:
+            self._writer = AnswerWriter(options, self._answers, command)
+        self._began = time.monotonic() - self._record.spent_s
+
+    def run(self) -> TrainResult:
+        """Write, try, write, train.
+
+        Raises UsageError where the time is too short for one step or spent already, and
+        KeyboardInterrupt where someone stops it before training.
+        """
+        if self._left_s <= 0:
+            raise UsageError(
+                f"--hours {self._options.hours:g}: {self._record.spent_s / 3600:.2g} are spent in "
+                f"{self._output_dir} already; a run of more hours goes on from there"
+            )
+        try:
+            self._save()
+            goes_on = self._record.trains_on == self._size() > 0
+            if not goes_on:
+                self._gather()
+            result = self._learn(goes_on=goes_on)
+            if not result.interrupted:
+                self._record.trains_on = 0
+            return result
+        finally:
+            self._save()
+
+    @property
+    def _left_s(self) -> float:
+        return self._total_s - (time.monotonic() - self._began)
+
+    def _save(self) -> None:
+        self._record.spent_s = time.monotonic() - self._began
+        self._record.save(self._record_path)
+
+    def _size(self) -> int:
+        return self._answers.stat().st_size if self._answers.exists() else 0
+
+    # ---- answers
+
+    def _gather(self) -> None:
+        """Write answers until the time that is left is just what learning them takes."""
+        if self._writer:
+            self._write_first(self._writer)
+        amount = self._enough()
+        costs = self._try_training(amount)
+        self._require_one_step(amount, costs)
+        if self._writer:
+            passes = self._options.epochs
+            wanted = tokens_to_write(self._left_s, amount.tokens, costs, passes)
+            click.echo(f"plan    {costs}: {wanted:,} to be written, and learnt {passes} times")
+            self._write(self._writer, (wanted - amount.tokens) * costs.write_s)
+
+    def _write_first(self, writer: AnswerWriter) -> None:
+        """Write answers for a tenth of the time, or up to a half until there are a few."""
+        there = amount_of(self._answers).answers
+        first_s = FIRST_SHARE * self._total_s - self._record.written_s
+        if first_s > 0 or there < LEAST_ANSWERS:
+            half_s = self._left_s - self._total_s / 2
+            self._write_once(writer, there + FIRST_PROMPTS, max(first_s, 0.0), most_s=half_s)
+
+    def _write(self, writer: AnswerWriter, seconds: float) -> None:
+        """Write answers for so long, as far as there are prompts."""
+        until = time.monotonic() + seconds
+        more = True
+        while more and (left_s := until - time.monotonic()) > 0:
+            # As many prompts as the time will do for, going by those before.
+            there = amount_of(self._answers).answers
+            expected = round(there * left_s / self._record.written_s)
+            more = self._write_once(writer, there + expected + FIRST_PROMPTS, left_s)
+
+    def _write_once(
+        self, writer: AnswerWriter, n_prompts: int, seconds: float, *, most_s: float = 0.0
+    ) -> bool:
+        """Write answers and note the time; False where every prompt had its answer before."""
+        began = time.monotonic()
+        try:
+            return writer.write(n_prompts, seconds, least=LEAST_ANSWERS, most_s=most_s)
+        finally:
+            self._record.written_s += time.monotonic() - began
+            self._save()
+
+    def _enough(self) -> Amount:
+        """Return how much there is to learn. Raises UsageError where it is nearly nothing."""
+        amount = amount_of(self._answers)
+        if amount.answers >= LEAST_ANSWERS:
+            return amount
+        raise UsageError(
+            f"--hours {self._options.hours:g}: too short for one step, as there are "
+            f"{amount.answers} answers after {self._total_s - self._left_s:.0f} s; they are kept, "
+            "give more hours"
+        )
+
+    # ---- training
+
+    def _try_training(self, amount: Amount) -> Costs:
+        """Train for a moment, in a folder that goes again; return what a token costs."""
+        click.echo("trial   a few steps, to know what they cost")
+        folder = self._folder / "trial"
+        options = replace(
+            self._options, dataset_name=str(self._answers), output_dir=str(folder),
+            cache_dir=str(folder / "states"), max_tokens=TRIAL_TOKENS, report_to="none",
+            hours=0.0,
+        )  # fmt: skip
+        began = time.monotonic()
+        try:
+            result = self._train(options, began + TRIAL_SHARE * self._total_s)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+        if result.interrupted:
+            raise KeyboardInterrupt
+        tokens = min(TRIAL_TOKENS, amount.tokens)
+        passes = result.steps / result.steps_per_epoch
+        return Costs(
+            write_s=self._record.written_s / amount.tokens,
+            prepare_s=(time.monotonic() - began - result.seconds) / tokens,
+            learn_s=result.seconds / (passes * tokens),
+        )
+
+    def _require_one_step(self, amount: Amount, costs: Costs) -> None:
+        """Raise UsageError where what is there cannot be made ready and learnt for one step."""
+        needed_s = amount.tokens * costs.prepare_s + TRIAL_TOKENS * costs.learn_s
+        if self._left_s < needed_s:
+            hours = (self._total_s - self._left_s + needed_s) / 3600
+            raise UsageError(
+                f"--hours {self._options.hours:g}: too short for one step, which would be done "
+                f"after {hours:.2g}; the answers are kept, give more hours"
+            )
+
+    def _learn(self, *, goes_on: bool) -> TrainResult:
+        """Train on all answers for the rest of the time, or go on where that was stopped."""
+        self._record.trains_on = self._size()
+        self._save()
+        options = replace(
+            self._options,
+            dataset_name=str(self._answers),
+            output_dir=str(self._output_dir),
+            hours=0.0,
+        )
+        if goes_on and (self._output_dir / "medusa_heads_latest").exists():
+            options = replace(options, resume_from=str(self._output_dir))
+        return self._train(options, time.monotonic() + self._left_s)

@@ -1,0 +1,140 @@
+"""`--hours`: from nothing but a GGUF to heads, in the time that is given; stopped and gone on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from model.base.gguf_file import GGUFFile
+from model.errors import UsageError
+from model.heads.files import load_heads
+from model.train_medusa import main
+from model.training import answer_writer, timed_run
+from model.training.answer_writer import amount_of
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--k_heads", "1", "--max_length", "192", "--batch_size", "2", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("N_THREADS", "1")
+
+
+def arguments(gguf: Path, folder: Path, seconds: float, *more: str) -> list[str]:
+    places = ["--output_dir", str(folder / "out"), "--cache_dir", str(folder / "states")]
+    named = ["--base_model_path", str(gguf), "--hours", str(seconds / 3600)]
+    return [*named, *places, *SMALL, *more]
+
+
+def run(*given: str) -> Result:
+    return CliRunner().invoke(main, list(given))
+
+
+def test_a_gguf_alone_gives_heads_in_the_time_that_is_given(
+    foreign_gguf: Path, tmp_path: Path
+) -> None:
+    given = arguments(foreign_gguf, tmp_path, 16)
+    began = time.monotonic()
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert 12 < time.monotonic() - began < 40
+    assert "plan " in result.output and "done " in result.output
+    out = tmp_path / "out"
+    answers = out / "timed_run" / "answers.jsonl"
+    config = json.loads((out / "medusa_heads_best" / "config.json").read_text())
+    assert config["training"]["tokens"] == amount_of(answers).tokens
+    assert load_heads(out / "medusa_heads_best", GGUFFile(foreign_gguf))
+    assert not (out / "timed_run" / "trial").exists()
+    assert not list(out.glob("medusa_heads_epoch_*"))
+
+    # The same time again is spent; another run is not overwritten.
+    again = run(*given)
+    assert isinstance(again.exception, UsageError) and "spent" in str(again.exception)
+    other = run(*given, "--hours", "0")
+    assert isinstance(other.exception, UsageError) and "earlier run" in str(other.exception)
+
+
+def test_own_answers_are_not_answered_again(foreign_gguf: Path, tmp_path: Path) -> None:
+    answers = tmp_path / "answers.jsonl"
+    script = [sys.executable, str(ROOT / "model" / "distill.py")]
+    more = ["--max_prompts", "30", "--max_new_tokens", "24", "--prompt_tokens", "8-20"]
+    named = ["--base_model_path", str(foreign_gguf), "--output", str(answers)]
+    subprocess.run([*script, *named, *more], check=True, capture_output=True)
+    before = answers.read_bytes()
+    result = run(*arguments(foreign_gguf, tmp_path, 8, "--dataset_name", str(answers)))
+    assert result.exit_code == 0, result.output
+    assert answers.read_bytes() == before
+    assert not (tmp_path / "out" / "timed_run" / "answers.jsonl").exists()
+
+
+@pytest.mark.parametrize("stage", ["answers", "training"])
+def test_a_stopped_run_goes_on(foreign_gguf: Path, tmp_path: Path, stage: str) -> None:
+    given = arguments(foreign_gguf, tmp_path, 24)
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "user-cache")}
+    stopped = subprocess.Popen(
+        [sys.executable, str(ROOT / "model" / "train_medusa.py"), *given],
+        cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    out = tmp_path / "out"
+    answers = out / "timed_run" / "answers.jsonl"
+    awaited = answers if stage == "answers" else out / "medusa_heads_best" / "config.json"
+    while not awaited.exists() or not awaited.stat().st_size:
+        assert stopped.poll() is None, stopped.communicate()[0]
+        time.sleep(0.02)
+    stopped.send_signal(signal.SIGINT)
+    told = stopped.communicate(timeout=60)[0]
+    assert stopped.returncode == 130, told
+    record = json.loads((out / "timed_run" / "record.json").read_text())
+    assert 0 < record["spent_s"] < 24 and bool(record["trains_on"]) == (stage == "training")
+    before = answers.read_bytes()
+
+    began = time.monotonic()
+    result = run(*given)
+    assert result.exit_code == 0, result.output
+    assert time.monotonic() - began < 24 - record["spent_s"] + 20
+    assert answers.read_bytes().startswith(before)
+    assert ("plan " in result.output) == (stage == "answers"), "training goes on as it stood"
+    if stage == "training":
+        assert answers.read_bytes() == before
+
+
+def test_too_little_time_says_so(foreign_gguf: Path, tmp_path: Path) -> None:
+    result = run(*arguments(foreign_gguf, tmp_path, 1))
+    assert isinstance(result.exception, UsageError)
+    assert "too short for one step" in str(result.exception)
+
+
+def test_a_step_that_takes_longer_than_is_left_says_so(
+    foreign_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nearly all of the time goes into the first answers."""
+    monkeypatch.setattr(timed_run, "FIRST_SHARE", 0.8)
+    result = run(*arguments(foreign_gguf, tmp_path, 10))
+    assert isinstance(result.exception, UsageError)
+    assert "too short for one step, which would be done after" in str(result.exception)
+
+
+def test_what_stops_the_answers_is_said(foreign_gguf: Path, tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.jsonl")
+    result = run(*arguments(foreign_gguf, tmp_path, 20, "--dataset_name", absent))
+    assert "absent.jsonl" in str(result.exception)
+
+
+def test_all_prompts_answered_leaves_the_time_to_training(
+    foreign_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(answer_writer, "FIRST_PROMPTS", 4)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": f"x{i} = "}) for i in range(8)))
+    result = run(*arguments(foreign_gguf, tmp_path, 14, "--dataset_name", str(prompts)))
+    assert result.exit_code == 0, result.output
+    assert amount_of(tmp_path / "out" / "timed_run" / "answers.jsonl").answers == 8
