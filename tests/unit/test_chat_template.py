@@ -48,10 +48,14 @@ def test_a_template_that_fails_names_the_line(source: str, said: str, tmp_path: 
     with pytest.raises(DataError) as error:
         rendered(str(file))
     assert str(error.value).startswith(f"chat template {file} ") and said in str(error.value)
-    with pytest.raises(DataError) as error:
+
+    def render_the_models_own() -> None:
         template = chosen_template({**METADATA, "tokenizer.chat_template": source}, "auto")
         assert template is not None
         template.render([user_turn("hi")], prompt=True)
+
+    with pytest.raises(DataError) as error:
+        render_the_models_own()
     assert str(error.value).startswith("the model's chat template ") and said in str(error.value)
 
 

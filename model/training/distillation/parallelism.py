@@ -24,7 +24,8 @@ KIND = "distilling_parallelism"  # of what is remembered
 # Every fourth: kernels that take four rows at a time are slow on two and three.
 SIZES = (1, 4, 8, 16, 32, 64)
 CONTEXT = 224  # tokens of each sequence: a prompt and half an answer
-# Steps of each size, and rounds over all sizes; the fastest step counts: what disturbs makes slower.
+# Steps of each size, and rounds over all sizes; the fastest step counts, as what disturbs makes
+# slower.
 N_TIMED = 3
 ROUNDS = 2
 BUDGET_S = 30.0  # sizes that would go beyond are left out
