@@ -52,6 +52,8 @@ def demo(minutes: float, max_tokens: int, n_prompts: int, keep: bool) -> None:
             k_heads=4,
             max_tokens=int(minutes * DEMO_TOKENS_PER_MINUTE),
             max_length=512,
+            batch_size=8,
+            epochs=3,
             learning_rate=2e-3,
             output_dir=str(output),
         ),
