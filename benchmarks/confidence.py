@@ -38,7 +38,7 @@ from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.evaluation.report import facts, write_json  # noqa: E402
 from model.loaded_model import LoadedModel  # noqa: E402
 from model.planning.measured_acceptance import states_and_followers  # noqa: E402
-from model.planning.prompt_files import HELD_OUT, read_prompt_file  # noqa: E402
+from model.planning.prompt_files import PYTHON, read_prompt_file  # noqa: E402
 from model.trees.search import grow  # noqa: E402
 from model.trees.slices import finish  # noqa: E402
 from model.trees.tree import RankPath, Tree  # noqa: E402
@@ -102,7 +102,7 @@ def positions(
     """Generate without drafts; return the positions of each sequence."""
     found = list[list[Position]]()
     with loaded.fixed_decoder() as plain, loaded.new_base(FixedPolicy(Tree.chain(1))) as base:
-        for i, prompt in enumerate(read_prompt_file(HELD_OUT)):
+        for i, prompt in enumerate(read_prompt_file(PYTHON)):
             sampling = SamplingParams(temperature=temperature, seed=i)
             sequence = plain.run(loaded.request(prompt, max_tokens, sampling))
             states, followers = finish(

@@ -38,7 +38,7 @@ from benchmarks.stream_client import Answer, ask  # noqa: E402
 from model.base.cores import usable_cores  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.evaluation.report import write_json  # noqa: E402
-from model.planning.prompt_files import HELD_OUT, read_prompt_file  # noqa: E402
+from model.planning.prompt_files import TASKS, in_turn, read_tasks  # noqa: E402
 
 CONTEXT = 2048
 MEASURED_WITHIN_S = 300  # of a first start
@@ -183,8 +183,8 @@ HEADER = (
 
 @click.command()
 @click.argument("models", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
-@click.option("--prompts", default=HELD_OUT, type=click.Path(path_type=Path), show_default=True)
-@click.option("--n_prompts", type=int, help="Only the first so many.")
+@click.option("--prompts", default=TASKS, type=click.Path(path_type=Path), show_default=True)
+@click.option("--n_prompts", type=int, help="Only so many, of each kind in turn.")
 @click.option("--temperature", default="0,0.8", show_default=True)
 @click.option("--max_tokens", default=96, show_default=True)
 @click.option("--before", default=0, show_default=True, help="Requests before measuring.")
@@ -197,7 +197,7 @@ def main(
     before: int,
 ) -> None:
     """Measure files against llama-server."""
-    texts = read_prompt_file(prompts)[:n_prompts]
+    texts = [task.text for task in in_turn(read_tasks(prompts))][:n_prompts]
     temperatures = [float(part) for part in temperature.split(",")]
     click.echo(HEADER)
     results = [measure_model(path, temperatures, texts, max_tokens, before) for path in models]

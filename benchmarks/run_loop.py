@@ -31,7 +31,7 @@ import click  # noqa: E402
 
 from benchmarks.run_loop_child import CASES, Answer  # noqa: E402
 from model.evaluation.report import write_json  # noqa: E402
-from model.planning.prompt_files import HELD_OUT, read_prompt_file  # noqa: E402
+from model.planning.prompt_files import PYTHON, read_prompt_file  # noqa: E402
 
 CHILD = Path(__file__).with_name("run_loop_child.py")
 MODEL = ROOT / "models" / "tiny-python.Q4_0.gguf"
@@ -166,7 +166,7 @@ def main(
 ) -> None:
     """Compare the run loops of two checkouts."""
     before = before.resolve()
-    prompts = [text[:PROMPT_CHARS] for text in read_prompt_file(HELD_OUT)[:n_prompts]]
+    prompts = [text[:PROMPT_CHARS] for text in read_prompt_file(PYTHON)[:n_prompts]]
     results = dict[str, Any]()
     with Child(before, model, threads) as former, Child(ROOT, model, threads) as present:
         for case in CASES:

@@ -39,7 +39,7 @@ from model.evaluation.report import facts, write_json  # noqa: E402
 from model.evaluation.scaled_model import BUNDLED, build  # noqa: E402
 from model.evaluation.speed import TimedSequence  # noqa: E402
 from model.loaded_model import LoadedModel  # noqa: E402
-from model.planning.prompt_files import HELD_OUT, read_prompt_file  # noqa: E402
+from model.planning.prompt_files import PYTHON, read_prompt_file  # noqa: E402
 
 COLUMNS = (
     ("streams", "streams"),
@@ -207,7 +207,7 @@ def main(
     loaded = load_model(Settings.load())
     prompts = [
         loaded.base_model.tokenize(text).tolist()[:prompt_tokens]
-        for text in read_prompt_file(HELD_OUT)
+        for text in read_prompt_file(PYTHON)
     ]
     about = {**facts(loaded), "temperature": temperature, "max_tokens": max_tokens}
     about["command"] = " ".join(["python", "benchmarks/serve.py", *sys.argv[1:]])

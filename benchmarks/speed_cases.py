@@ -15,7 +15,7 @@ from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
 from model.loaded_model import LoadedModel
 from model.planning.auto_tuning import Tuning, adaptive_decoder
-from model.planning.prompt_files import HELD_OUT, TRIAL, read_prompt_file
+from model.planning.prompt_files import PYTHON, PYTHON_TRIALS, read_prompt_file
 from model.trees.tree import Tree
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -25,8 +25,8 @@ MAX_SWEEP_NODES = 16
 def prompts_for(kind: str) -> list[str]:
     """Return the prompts of a kind."""
     if kind == "trial":
-        return read_prompt_file(TRIAL)
-    held_out = read_prompt_file(HELD_OUT)
+        return read_prompt_file(PYTHON_TRIALS)
+    held_out = read_prompt_file(PYTHON)
     if kind == "copying":  # a text, and its beginning once more
         return [f"{text}\n\n\n{text[: len(text) // 3]}" for text in held_out]
     if kind == "foreign":  # English, for a model of Python

@@ -18,7 +18,7 @@ from model.decoding.sampling import SamplingParams
 from model.engine import Engine
 from model.loaded_model import LoadedModel, LoadOptions
 from model.planning.choice import DraftOptions, choose, trial_requests
-from model.planning.prompt_files import HELD_OUT
+from model.planning.prompt_files import PYTHON
 
 
 def set_logging(settings: Settings) -> None:
@@ -138,7 +138,7 @@ drafting_options = [
 prompts_option = click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    default=HELD_OUT,
+    default=PYTHON,
     help="File of prompts, .jsonl or .txt.",
     show_default="held-out Python code",
 )

@@ -18,7 +18,7 @@ from model.errors import MedusaError
 from model.evaluation.report import table
 from model.heads.known_heads import HEADS_FOLDER
 from model.loaded_model import LoadedModel
-from model.planning.prompt_files import HELD_OUT, read_prompt_file
+from model.planning.prompt_files import PYTHON, read_prompt_file
 
 DEMO_TOKENS_PER_MINUTE = 70_000  # states once and three epochs, on two cores
 
@@ -52,6 +52,8 @@ def demo(minutes: float, max_tokens: int, n_prompts: int, keep: bool) -> None:
             k_heads=4,
             max_tokens=int(minutes * DEMO_TOKENS_PER_MINUTE),
             max_length=512,
+            batch_size=8,
+            epochs=3,
             learning_rate=2e-3,
             output_dir=str(output),
         ),
@@ -64,7 +66,7 @@ def demo(minutes: float, max_tokens: int, n_prompts: int, keep: bool) -> None:
     # 2. The comparison.
     click.echo(f"\n2. Plain and drafted decoding, in turn, on {n_prompts} held-out prompts")
     loaded = load_model(settings, result.best)
-    texts = read_prompt_file(HELD_OUT)[:n_prompts]
+    texts = read_prompt_file(PYTHON)[:n_prompts]
     results = in_turn(loaded, texts, max_tokens)
     click.echo("\n" + table(results))
     show_first_output(texts[0], *results[0]["text_pairs"][0])

@@ -3,6 +3,7 @@
 Heads learn best from what their base model says itself.
 
 python model/distill.py --base_model_path X.gguf --prompts chats.jsonl --output answers.jsonl
+python model/distill.py --base_model_path chat.gguf --output answers.jsonl    # it asks itself, too
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,34 +30,38 @@ import click  # noqa: E402
 from config import Settings  # noqa: E402
 from model.base.chat import ChatTemplate, chosen_template  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
-from model.base.llama import LlamaBase  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
-from model.errors import DataError, ModelFileError  # noqa: E402
+from model.errors import DataError  # noqa: E402
 from model.training.command import run_command, script_command  # noqa: E402
 from model.training.data.prompts import Prompt, make_prompts  # noqa: E402
 from model.training.data.records import read_records  # noqa: E402
-from model.training.data.token_encoder import PartEncoder  # noqa: E402
-from model.training.distillation.answers import AnswerFile, DistilledAnswer  # noqa: E402
-from model.training.distillation.base_model_answers import answer_with_base  # noqa: E402
-from model.training.distillation.dialogue import Dialogue, opening  # noqa: E402
+from model.training.distillation.answers import (  # noqa: E402
+    AnswerFile,
+    DistilledAnswer,
+    Tally,
+)
 from model.training.distillation.endpoint import (  # noqa: E402
     Endpoint,
-    Exchange,
-    answer_with_endpoint,
 )
+from model.training.distillation.local_source import LocalSource, Tick  # noqa: E402
 from model.training.distillation.options import OPTIONS, DistillOptions  # noqa: E402
 from model.training.distillation.progress_bar import ProgressBar  # noqa: E402
-from model.training.distillation.transcript import answer_of_text  # noqa: E402
+from model.training.distillation.question_file import QuestionFile  # noqa: E402
 
 NAMED = 5  # records that cannot be used are named up to here, then counted
-Tick = Callable[[int], None]  # is given the number of tokens that came just now
-# A prompt's id, and its answer or why there is none.
-Outcomes = Generator[tuple[str, DistilledAnswer | str], None, None]
 
 
-def distill(options: DistillOptions) -> None:
-    """Answer all prompts that the output has no answer to yet. Raises MedusaError."""
+class _TimeOverError(Exception):
+    """The time that was given to answers is over."""
+
+
+def distill(options: DistillOptions, seconds: float = float("inf")) -> Tally:
+    """Answer all prompts that the output has no answer to yet, as far as `seconds` go.
+
+    Returns the counts of all answers in the output. Raises MedusaError.
+    """
+    deadline = monotonic() + seconds
     settings = Settings.load()
     logging.basicConfig(level=settings.log_level, format="%(message)s")
     options.check()
@@ -69,33 +75,73 @@ def distill(options: DistillOptions) -> None:
     kind = "answers chats" if chosen else "continues texts"
     click.echo(f"model   {file.name} ({file.file_type}): {kind}")
 
-    # The prompts: of conversations the users' turns, of texts pieces to continue.
-    prompts = wanted_prompts(options, chat=chosen is not None)
-
-    # The answers: those that are there stay, the others are written as they come.
     with contextlib.ExitStack() as opened:
         answers = opened.enter_context(
             AnswerFile(path=options.output, facts=facts(file), identity=options.identity(file))
         )
-        todo = [prompt for prompt in prompts if prompt.id not in answers.done]
-        source = options.prompts or "standard library"
-        click.echo(f"prompts {source}: {len(prompts):,}, {len(todo):,} to be answered")
         model = opened.enter_context(contextlib.closing(load_model(file, settings)))
-        bar = ProgressBar(len(prompts), len(prompts) - len(todo))
-        opened.enter_context(contextlib.closing(bar))
-        if endpoint:
-            outcomes = from_endpoint(endpoint, options, model, template, todo, bar.tick)
-        else:
-            outcomes = from_gguf(options, settings, model, template, todo, max_length, bar.tick)
-        with contextlib.closing(outcomes):
-            for key, outcome in outcomes:
-                if isinstance(outcome, DistilledAnswer):
-                    answers.add(outcome)
-                    bar.end(key)
-                else:
-                    bar.end(key, outcome)
-        bar.close()
-        report(options, answers, bar, file)
+        source = LocalSource(
+            options, model, template, max_length=max_length, fingerprint=file.file_fingerprint(),
+            n_threads=settings.n_threads, flash_attn=settings.flash_attn,
+            kv_type=settings.kv_type,
+        )  # fmt: skip
+
+        with contextlib.suppress(_TimeOverError):
+            fill(options, answers, source, endpoint, deadline, chat=chosen is not None)
+        return answers.total()
+
+
+def fill(
+    options: DistillOptions,
+    answers: AnswerFile,
+    source: LocalSource,
+    endpoint: Endpoint | None,
+    deadline: float,
+    *,
+    chat: bool,
+) -> None:
+    """Write the missing answers into the file, and say what there is now.
+
+    Raises _TimeOverError at the deadline, by monotonic().
+    """
+    # The prompts: users' turns, given or the model's own; of texts pieces to continue.
+    on_tokens = time_limit(deadline)
+    questions = None
+    if chat and not options.prompts and not endpoint:
+        questions = QuestionFile(answers.folder / "questions.jsonl")
+        prompts = source.ask_itself(questions, on_tokens)
+    else:
+        prompts = wanted_prompts(options, chat=chat)
+    todo = [prompt for prompt in prompts if prompt.id not in answers.done]
+    named = "its own questions" if questions else options.prompts or "standard library"
+    click.echo(f"prompts {named}: {len(prompts):,}, {len(todo):,} to be answered")
+
+    # The answers: those that are there stay, the others are written as they come.
+    bar = ProgressBar(len(prompts), len(prompts) - len(todo), on_tokens=on_tokens)
+    if endpoint:
+        outcomes = source.answers_from(endpoint, todo, bar.tick)
+    else:
+        outcomes = source.answers(todo, bar.tick)
+    with contextlib.closing(bar), contextlib.closing(outcomes):
+        for key, outcome in outcomes:
+            if isinstance(outcome, DistilledAnswer):
+                answers.add(outcome)
+                bar.end(key)
+            else:
+                bar.end(key, outcome)
+    report(answers, bar)
+    if questions:
+        click.echo(f"        questions: {questions.summary()}")
+
+
+def time_limit(deadline: float) -> Tick:
+    """Return what raises _TimeOverError when it is called behind the deadline."""
+
+    def check(_: int) -> None:
+        if monotonic() > deadline:
+            raise _TimeOverError
+
+    return check
 
 
 def wanted_prompts(options: DistillOptions, *, chat: bool) -> list[Prompt]:
@@ -126,88 +172,6 @@ def load_model(file: GGUFFile, settings: Settings) -> LlamaModel:
     )  # fmt: skip
 
 
-def from_gguf(
-    options: DistillOptions,
-    settings: Settings,
-    model: LlamaModel,
-    template: ChatTemplate,
-    prompts: list[Prompt],
-    max_length: int,
-    tick: Tick,
-) -> Outcomes:
-    """Yield the local model's answers: `--parallel` prompts at a time in one context."""
-    # A context for all that are under way.
-    parallel = min(options.parallel, max(1, len(prompts)))
-    if all(prompt.length for prompt in prompts):  # pieces of a known length
-        longest = options.prompt_tokens[1] + 1 + options.max_new_tokens
-        max_length = min(max_length, longest)
-    try:
-        base = LlamaBase(
-            model, n_ctx=parallel * max_length, n_threads=settings.n_threads, n_seq_max=parallel,
-            flash_attn=settings.flash_attn, kv_type=settings.kv_type, unified=False,
-        )  # fmt: skip
-    except ModelFileError:
-        raise ModelFileError(
-            f"{model.path}: llama.cpp made no KV cache for {parallel} sequences of {max_length} "
-            "tokens; lower --parallel or --max_length, or run with LOG_LEVEL=DEBUG to see "
-            "its reasons"
-        ) from None
-
-    # Their answers, as they come.
-    encoder = PartEncoder(model)
-    dialogues = (Dialogue(prompt, model, encoder, template) for prompt in prompts)
-    with base:
-        for dialogue in answer_with_base(
-            base, dialogues, model, options.sampling, parallel=parallel, max_length=max_length,
-            max_new_tokens=options.max_new_tokens, cut_loops=options.loops == "cut", on_tokens=tick,
-        ):  # fmt: skip
-            temperature = options.sampling(dialogue.prompt, 0).temperature
-            yield dialogue.prompt.id, dialogue.problem or dialogue.result(temperature)
-
-
-def from_endpoint(
-    endpoint: Endpoint,
-    options: DistillOptions,
-    model: LlamaModel,
-    template: ChatTemplate,
-    prompts: list[Prompt],
-    tick: Tick,
-) -> Outcomes:
-    """Yield an endpoint's answers, with the GGUF's ids for them."""
-    encoder = PartEncoder(model)
-    asked: dict[str, Prompt] = {}
-
-    def exchanges() -> Iterator[Exchange]:
-        for prompt in prompts:
-            asked[prompt.id] = prompt
-            n_questions = max(1, len(prompt.turns))
-            yield Exchange(
-                id=prompt.id,
-                turns=prompt.turns,
-                text="" if prompt.turns else opening(prompt, model, encoder),
-                sampling=[options.sampling(prompt, turn) for turn in range(n_questions)],
-                max_tokens=options.max_new_tokens,
-            )
-
-    # Their ids, as they come.
-    for exchange in answer_with_endpoint(endpoint, exchanges(), options.concurrency):
-        prompt = asked.pop(exchange.id)
-        if exchange.problem:
-            yield prompt.id, exchange.problem
-            continue
-        temperature = exchange.sampling[0].temperature
-        try:
-            answer = answer_of_text(
-                prompt, exchange.messages, exchange.reasons, model, encoder, template, temperature,
-                cut_loops=options.loops == "cut",
-            )  # fmt: skip
-        except DataError as error:
-            yield prompt.id, str(error)
-            continue
-        tick(sum(end - start for start, end in answer.spans))
-        yield prompt.id, answer
-
-
 def facts(file: GGUFFile) -> dict[str, Any]:
     """Return what each line says of the model: its ids are of no use to another vocabulary."""
     return {
@@ -217,8 +181,8 @@ def facts(file: GGUFFile) -> dict[str, Any]:
     }
 
 
-def report(options: DistillOptions, answers: AnswerFile, bar: ProgressBar, file: GGUFFile) -> None:
-    """Say what there is now, and what to type next. Raises DataError where there is nothing."""
+def report(answers: AnswerFile, bar: ProgressBar) -> None:
+    """Say what there is now. Raises DataError where there is nothing."""
     if not answers.done:
         raise DataError(f"none of {bar.failed} prompts was answered")
     failed = ""
@@ -234,8 +198,12 @@ def report(options: DistillOptions, answers: AnswerFile, bar: ProgressBar, file:
             f"{tally.tokens:,} tokens, {tally.share_repeated:.0%} of the 8-grams repeated, "
             f"{tally.loops:,} cut where they began to loop"
         )
+
+
+def say_what_next(options: DistillOptions) -> None:
+    """Say what to type next."""
     script = script_command(ROOT / "model" / "train_medusa.py")
-    base_model = shlex.quote(str(file.path))
+    base_model = shlex.quote(options.base_model_path or str(Settings.load().model_path))
     dataset = shlex.quote(str(options.output))
     click.echo("now     train heads on them, with")
     click.echo(f"  {script} --base_model_path {base_model} --dataset_name {dataset}")
@@ -251,7 +219,9 @@ def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_click_options
 def main(**values: Any) -> None:
     """Let the base model answer prompts: its answers are what draft heads learn from best."""
-    distill(DistillOptions(**values))
+    options = DistillOptions(**values)
+    distill(options)
+    say_what_next(options)
 
 
 def run() -> None:

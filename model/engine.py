@@ -30,7 +30,7 @@ from pathlib import Path
 
 from typing_extensions import Self
 
-from model.base.chat import CHOICES, ChatTemplate, Message, chosen_template
+from model.base.chat import ChatTemplate, Message, chosen_template
 from model.base.llama import MAX_SEQUENCES
 from model.base.prompt import encode_prompt
 from model.decoding.decoder import Decoder
@@ -136,7 +136,7 @@ class Engine:
     heads_path: folder or file of the draft heads; None: those below `heads_folder` that belong to
         the model, if there are any. Without heads, n-grams draft.
     n_parallel: prompts that `generate` runs at the same time.
-    chat_template: auto (the GGUF's own), vicuna, or none.
+    chat_template: auto (the GGUF's own), vicuna, none, or a file that holds a Jinja template.
     load: threads, context size, GPU layers, KV cache type and the like.
     draft: draft sources and tree; None: the fastest as measured on this machine.
     on_measure: called before that measurement, which takes seconds at the first use of a model on a
@@ -162,9 +162,6 @@ class Engine:
     ) -> None:
         if not 1 <= n_parallel <= MAX_SEQUENCES:
             raise UsageError(f"n_parallel {n_parallel} is outside 1 … {MAX_SEQUENCES}")
-        if chat_template not in CHOICES:
-            known = ", ".join(CHOICES)
-            raise UsageError(f"chat_template {chat_template!r} is unknown; use one of {known}")
         self.loaded = LoadedModel(
             Path(path),
             load or LoadOptions(),

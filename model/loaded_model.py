@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from model.base.chat import ChatTemplate, user_turn
 from model.base.cores import physical_memory, usable_cores
 from model.base.llama import MAX_SEQUENCES, LlamaBase
 from model.base.llama_model import LlamaModel
@@ -39,8 +40,6 @@ from model.trees.tree import Tree
 if TYPE_CHECKING:
     from model.heads.medusa import MedusaHeads
 
-# Of the training text: drafts are made of the tokens that make up so much of it.
-DRAFT_VOCAB_COVERAGE = 0.999
 MIN_CONTEXT = 8  # tokens: a prompt, its answer, and room to measure steps
 DEFAULT_CONTEXT = 4096  # tokens at the most, where nobody asks for a number
 # Of the KV cache of many sequences, where nobody says how many cells; one context's at least.
@@ -186,17 +185,20 @@ class LoadedModel:
     ) -> RankingDrafter:
         """Make the heads' drafter for a tree.
 
-        draft_vocab: how many of the most frequent tokens it drafts from; 0: all; None: those that
-        make up DRAFT_VOCAB_COVERAGE of the training text. ranks: guesses per head; 0: as many as
+        draft_vocab: how many of the most frequent tokens it drafts from; 0: all that the heads
+        know; None: those that they were taught with, or else those that make up
+        99.9 % of the training text. ranks: guesses per head; 0: as many as
         the tree uses.
         """
-        from model.heads.drafter import covering
+        from model.heads.draft_vocabulary import COVERAGE, covering
         from model.heads.hydra_drafter import drafter_for
 
         self.check_tree(tree)
         counts = self.heads_facts["token_counts"]
         if draft_vocab is None:
-            draft_vocab = 0 if counts is None else covering(counts, DRAFT_VOCAB_COVERAGE)
+            draft_vocab = 0
+            if counts is not None and not self.heads.config.draft_vocab:
+                draft_vocab = covering(counts, COVERAGE)
         return drafter_for(
             self.heads,
             n_heads=tree.max_depth,
@@ -313,10 +315,19 @@ class LoadedModel:
         )
 
     def request(
-        self, prompt: str, max_tokens: int, sampling: SamplingParams, *, stop: tuple[str, ...] = ()
+        self,
+        prompt: str,
+        max_tokens: int,
+        sampling: SamplingParams,
+        *,
+        template: ChatTemplate | None = None,
+        stop: tuple[str, ...] = (),
     ) -> Request:
-        """Make a request from text."""
-        tokens = encode_prompt(self.base_model, prompt)
+        """Make a request from text: a user's turn in a chat template, or a text to go on with."""
+        if template is None:
+            tokens = encode_prompt(self.base_model, prompt)
+        else:
+            tokens = encode_prompt(self.base_model, [user_turn(prompt)], template)
         return Request(prompt=tokens, max_tokens=max_tokens, sampling=sampling, stop=stop)
 
     def close(self) -> None:

@@ -26,6 +26,8 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
 
 import click  # noqa: E402
+import numpy as np  # noqa: E402
+import numpy.typing as npt  # noqa: E402
 import torch  # noqa: E402
 
 from config import Settings  # noqa: E402
@@ -36,6 +38,7 @@ from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import ModelFileError, UsageError  # noqa: E402
+from model.heads.draft_vocabulary import draft_vocabulary  # noqa: E402
 from model.heads.files import base_facts, new_heads  # noqa: E402
 from model.heads.known_heads import HEADS_FOLDER  # noqa: E402
 from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
@@ -61,6 +64,7 @@ from model.training.run_choices import (  # noqa: E402
     data_source,
     with_absolute_paths,
 )
+from model.training.schedule import choose_schedule  # noqa: E402
 from model.training.states.batches import Batches  # noqa: E402
 from model.training.states.cached_states import cached_states  # noqa: E402
 from model.training.states.extraction import States, open_base  # noqa: E402
@@ -146,11 +150,15 @@ def train(
         # The heads: as they are at first, or where an earlier run left them.
         torch.set_num_threads(run.threads)
         torch.manual_seed(options.seed)
-        heads = new_heads(heads_config(run), file).to(device)
+        counts = token_counts((samples[i] for i in learn), file.n_vocab)
+        draft_ids = draft_vocabulary(counts, options.draft_vocab)
+        ids = None if draft_ids is None else torch.from_numpy(draft_ids)
+        heads = new_heads(heads_config(run, draft_ids), file, draft_ids=ids).to(device)
         n_learnt = sum(p.numel() for p in heads.parameters())
         kind = f"{options.k_heads} ({options.head_type})"
-        run.say(f"heads   {kind}, {n_learnt:,} parameters, on {device.type}")
-        trainer = new_trainer(run, heads, states, learn, check, curve, until)
+        drafts_from = f"draft vocabulary of {heads.config.n_rows:,} tokens"
+        run.say(f"heads   {kind}, {n_learnt:,} parameters, {drafts_from}, on {device.type}")
+        trainer = new_trainer(run, heads, states, learn, check, counts, curve, until)
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
 
@@ -257,13 +265,13 @@ def open_states(
     return states
 
 
-def heads_config(run: Setup) -> HeadsConfig:
+def heads_config(run: Setup, draft_ids: npt.NDArray[np.int32] | None) -> HeadsConfig:
     """Return what decides the shapes of the heads."""
     options = run.options
     return HeadsConfig(
         k_heads=options.k_heads, dim=run.file.n_embd, vocab=run.file.n_vocab,
         head_layers=options.head_layers, hidden_dim=options.hidden_dim, lm_head=options.lm_head,
-        head_type=options.head_type,
+        head_type=options.head_type, draft_vocab=0 if draft_ids is None else len(draft_ids),
     )  # fmt: skip
 
 
@@ -273,26 +281,35 @@ def new_trainer(
     states: States,
     learn: list[int],
     check: list[int],
+    counts: npt.NDArray[np.int64],
     curve: CostCurve | None,
     until: float | None,
 ) -> Trainer:
     """Return what trains the heads.
 
-    learn, check: indices of the samples to train and validate on.
+    learn, check: indices of the samples to train and validate on. counts: (V,) see `token_counts`.
     """
     # The batches.
-    options = run.options
     samples = states.samples
-    size = options.batch_size * run.max_length
+    n_positions = sum(int(samples[i].mask.sum()) for i in learn)
+    schedule = choose_schedule(run.options, n_positions, run.max_length)
+    options = replace(run.options, epochs=schedule.epochs, learning_rate=schedule.learning_rate)
+    size = schedule.positions
+    batches = Batches(states, learn, options.k_heads, size)
+    steps = -(-len(batches) // options.gradient_accumulation_steps)
+    run.say(
+        f"steps   {steps * options.epochs:,} of {size:,} positions at most, "
+        f"{options.epochs} epochs, learning rate {options.learning_rate:g}"
+    )
     return Trainer(
         heads,
-        Batches(states, learn, options.k_heads, size),
+        batches,
         Batches(states, check, options.k_heads, size),
         options,
         run.output_dir,
         facts={
             **base_facts(run.file),
-            "token_counts": token_counts((samples[i] for i in learn), run.file.n_vocab),
+            "token_counts": counts,
             "training": {
                 "data_source": data_source(options),
                 "tokens": count_tokens(samples),
@@ -330,10 +347,11 @@ def train_for_hours(options: TrainOptions) -> TrainResult:
 
 
 def base_lm_head(heads: MedusaHeads, file: GGUFFile) -> torch.Tensor:
-    """Return the base model's LM head, where the heads are."""
+    """Return the base model's LM head (R, D), where the heads are."""
     if heads.config.lm_head == "tied":
         return heads.lm_head
-    return torch.from_numpy(file.output_weight()).to(heads.weight.device)
+    rows = heads.draft_ids.cpu().numpy()
+    return torch.from_numpy(file.output_weight(rows)).to(heads.weight.device)
 
 
 def resume_command(output_dir: Path) -> str:

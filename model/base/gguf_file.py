@@ -118,26 +118,35 @@ class GGUFFile:
         info = self.tensors[name]
         return np.memmap(self._homes[name], np.uint8, "r", info.offset, (info.n_bytes,))
 
-    def tensor(self, name: str) -> Float32Array:
-        """Return one tensor, dequantised: (rows, columns) float32, a copy."""
+    def tensor(
+        self, name: str, rows: npt.NDArray[np.integer] | slice = slice(None)
+    ) -> Float32Array:
+        """Return one tensor or some of its rows, dequantised: (rows, columns) float32, a copy."""
         if name not in self.tensors:
             raise ModelFileError(f"{self.path}: no tensor is named {name}")
         info = self.tensors[name]
         try:
-            values = gguf.quants.dequantize(self.raw(name), info.kind)
+            raw = self.raw(name)
+            if len(info.shape) > 1:
+                raw = raw.reshape(info.shape[0], -1)[rows]
+            values = gguf.quants.dequantize(raw, info.kind)
         except NotImplementedError:
             raise ModelFileError(
                 f"{self.path}: {name} is {info.kind.name}, which cannot be dequantised here"
             ) from None
-        return np.array(values, np.float32).reshape(info.shape)
+        shape = (-1, *info.shape[1:]) if len(info.shape) > 1 else info.shape
+        return np.array(values, np.float32).reshape(shape)
 
-    def output_weight(self) -> Float32Array:
-        """Return the LM head (V, D): the output matrix, or the embeddings where they are tied."""
-        return self.token_embeddings() if self.tied else self.tensor("output.weight")
+    def output_weight(self, rows: npt.NDArray[np.integer] | slice = slice(None)) -> Float32Array:
+        """Return the LM head (V, D): the output matrix, or the embeddings where they are tied.
 
-    def token_embeddings(self) -> Float32Array:
-        """Return the embedding matrix (V, D)."""
-        return self.tensor("token_embd.weight")
+        rows: only those of these tokens.
+        """
+        return self.tensor("token_embd.weight" if self.tied else "output.weight", rows)
+
+    def token_embeddings(self, rows: npt.NDArray[np.integer] | slice = slice(None)) -> Float32Array:
+        """Return the embedding matrix (V, D), or the rows of some tokens."""
+        return self.tensor("token_embd.weight", rows)
 
     def file_fingerprint(self) -> str:
         """Return the SHA-256 of the file, as hex digits; of a split one, that of its digests."""

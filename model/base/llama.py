@@ -56,6 +56,7 @@ class LlamaBase:
     n_ctx / n_seq_max of them, and a token looks at no other sequence's: for many plain sequences at
     once. The bundled model in Q4_0, 32 sequences, one thread: 0.48 of the CPU time per token at 100
     to 160 tokens of context, 0.34 at 100 to 350.
+    watch: a ggml_backend_sched_eval_callback; it must live as long as the context.
     Raises UsageError for options that llama.cpp does not take, ModelFileError where it makes no
     context.
     """
@@ -72,6 +73,7 @@ class LlamaBase:
         flash_attn: bool | None = None,
         kv_type: str = "f16",
         unified: bool = True,
+        watch: Any = None,
     ) -> None:
         _check_options(n_seq_max, flash_attn, kv_type)
         if flash_attn is None and kv_type not in QUANTIZED_KV and not _has_gpu():
@@ -89,6 +91,8 @@ class LlamaBase:
         params.flash_attn_type = _FLASH_ATTENTION[flash_attn]
         params.type_k = params.type_v = KV_TYPES[kv_type]
         params.no_perf = True
+        if watch is not None:
+            params.cb_eval = watch
         self._ctx = llama_cpp.llama_init_from_model(model._model, params)
         if not self._ctx:
             hint = "; lower MODEL_CONTEXT_SIZE" if n_ctx > _USUAL else ""

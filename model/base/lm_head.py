@@ -52,13 +52,13 @@ def lm_head_error(
 
     hidden: (n, D); logits: (n, V).
     """
-    weight = file.output_weight()
     total = 0.0
-    for row in range(0, len(weight), _ROWS):
-        ours = hidden @ weight[row : row + _ROWS].T * np.float32(file.logit_scale)
+    for row in range(0, file.n_vocab, _ROWS):  # all of it would be gigabytes of a large vocabulary
+        rows = slice(row, row + _ROWS)
+        ours = hidden @ file.output_weight(rows).T * np.float32(file.logit_scale)
         if file.soft_cap:
             ours = file.soft_cap * np.tanh(ours / file.soft_cap)
-        squares = (ours - logits[:, row : row + _ROWS]) ** 2
+        squares = (ours - logits[:, rows]) ** 2
         total += float(squares.sum(dtype=np.float64))
     rms = (total / logits.size) ** 0.5
     return float(rms / float(logits.std()))

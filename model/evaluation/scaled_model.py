@@ -168,7 +168,8 @@ def grow_heads(source: Path, base: GGUFFile, large: GGUFFile, target: Path) -> N
             "--lm_head tied"
         )
     config = _grown_config(small.config, base, large)
-    heads = new_heads(config, large).requires_grad_(False)
+    draft_ids = small.draft_ids if config.draft_vocab else None
+    heads = new_heads(config, large, draft_ids=draft_ids).requires_grad_(False)
     parameters = heads.state_dict()
     for name, old in small.state_dict().items():
         corner = tuple(slice(size) for size in old.shape)

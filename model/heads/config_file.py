@@ -51,6 +51,11 @@ def heads_config(path: Path, facts: dict[str, Any]) -> HeadsConfig:
             raise HeadsError(
                 f"{path}: {name} is {value!r}, not a whole number from {least} to {most}"
             )
+    draft_vocab = facts.get("draft_vocab", 0)  # all, as it was before it could be chosen
+    if type(draft_vocab) is not int or not 0 <= draft_vocab <= facts["vocab"]:
+        raise HeadsError(
+            f"{path}: draft_vocab is {draft_vocab!r}, not a whole number from 0 to {facts['vocab']}"
+        )
     lm_head = facts.get("lm_head")
     if lm_head not in ("tied", "own"):
         raise HeadsError(f"{path}: lm_head is {lm_head!r}, neither 'tied' nor 'own'")
@@ -66,7 +71,7 @@ def heads_config(path: Path, facts: dict[str, Any]) -> HeadsConfig:
             "all as long"
         )
     sizes = {name: facts[name] for name in _SIZES}
-    return HeadsConfig(**sizes, lm_head=lm_head, head_type=head_type)
+    return HeadsConfig(**sizes, lm_head=lm_head, head_type=head_type, draft_vocab=draft_vocab)
 
 
 def _are_rates(rows: Any, k_heads: int) -> bool:

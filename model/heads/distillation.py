@@ -154,8 +154,9 @@ class _LinearDistillation(torch.autograd.Function):
 def _softened(logits: Tensor, temperature: float, soft_cap: float) -> tuple[Tensor, Tensor]:
     """Return softmax(soft_cap(logits) / temperature) (n,V) and its entropy (n,)."""
     cap(logits, soft_cap, with_slope=False)
-    logits.div_(temperature)
-    logits.sub_(logits.logsumexp(1, keepdim=True))
+    if temperature != 1:
+        logits.div_(temperature)
+    logits = torch.log_softmax(logits, 1)
     probabilities = logits.exp()
     return probabilities, -torch.linalg.vecdot(probabilities, logits)
 

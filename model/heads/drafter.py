@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model.errors import HeadsError
+from model.heads.draft_vocabulary import commonest
 from model.heads.fast import Call, DType, PerHead, compiled, fastest, linear
 from model.heads.medusa import MedusaHeads
 from model.trees.tree import Tree
@@ -24,8 +25,6 @@ from model.trees.tree import Tree
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 PROBE_VOCAB = 4096  # rows of the LM head that `auto` times the types with
-MIN_DRAFT_VOCAB = 1024
-DRAFT_VOCAB_STEP = 64  # rows of an LM head are best a multiple of this
 
 
 class HeadsDrafter:
@@ -33,7 +32,7 @@ class HeadsDrafter:
 
     name: of the draft source, `HEADS` of `model/decoding/drafters/drafter.py`.
     ranks: how many guesses per head. draft_vocab: draft only from the so many most frequent tokens
-    by token_counts (V,); 0: from all (`covering` says how many matter). dtype: "auto" keeps the
+    by token_counts (V,); 0: from all that the heads know. dtype: "auto" keeps the
     fastest on this machine. n_threads: torch's threads, process-wide; they fight with llama.cpp's
     for the cores. with_probs: give probabilities (over the draft vocabulary) too, at the cost of a
     softmax. Raises HeadsError where the heads can't do what is asked.
@@ -57,7 +56,9 @@ class HeadsDrafter:
         if not 1 <= n_heads <= k_heads:
             raise HeadsError(f"cannot draft with {n_heads} heads: the file holds {k_heads}")
         torch.set_num_threads(n_threads)
-        self.ids = _draft_ids(heads.config.vocab, draft_vocab, token_counts)
+        known = heads.draft_ids.numpy()
+        self._rows = _draft_rows(known, draft_vocab, token_counts)
+        self.ids: Int32Array = known[self._rows]
         if not 1 <= ranks <= len(self.ids):
             raise HeadsError(f"cannot rank {ranks} tokens of a draft vocabulary of {len(self.ids)}")
         self._n_heads = n_heads
@@ -70,12 +71,12 @@ class HeadsDrafter:
 
     def _fastest(self, heads: MedusaHeads) -> str:
         """Time one row in each type, with a part of the LM head only, and name the fastest."""
-        ids = np.arange(min(heads.config.vocab, PROBE_VOCAB), dtype=np.int32)
+        rows = np.arange(min(heads.config.n_rows, PROBE_VOCAB), dtype=np.int32)
         what = f"{heads.config} {self._n_heads}"
-        return fastest(what, lambda dtype: self._one_row(heads, ids, dtype))
+        return fastest(what, lambda dtype: self._one_row(heads, rows, dtype))
 
-    def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
-        """Compile the drafting of one made-up row over these tokens, to be timed."""
+    def _one_row(self, heads: MedusaHeads, rows: Int32Array, dtype: str) -> Callable[[], object]:
+        """Compile the drafting of one made-up state over these rows of the LM head, to be timed."""
         raise NotImplementedError
 
     def _prepare(self, heads: MedusaHeads) -> None:
@@ -147,18 +148,18 @@ class MedusaDrafter(HeadsDrafter):
         guesses, _ = self.rank(hidden)
         return [tree.fill(table) for tree, table in zip(trees, guesses, strict=True)]
 
-    def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
-        call = _compile(heads, self._n_heads, ids, dtype)
+    def _one_row(self, heads: MedusaHeads, rows: Int32Array, dtype: str) -> Callable[[], object]:
+        call = _compile(heads, self._n_heads, rows, dtype)
         return partial(call, torch.randn(1, heads.config.dim))
 
     def _prepare(self, heads: MedusaHeads) -> None:
-        self._logits = _compile(heads, self._n_heads, self.ids, self.dtype)
+        self._logits = _compile(heads, self._n_heads, self._rows, self.dtype)
 
 
 class _AllHeads(nn.Module):
     """States (B,D) to the first heads' logits (B·K,V), in one type throughout."""
 
-    def __init__(self, heads: MedusaHeads, n_heads: int, ids: Int32Array, dtype: str) -> None:
+    def __init__(self, heads: MedusaHeads, n_heads: int, rows: Int32Array, dtype: str) -> None:
         super().__init__()
         layers = heads.config.head_layers
         weight = heads.weight.detach()[:, :n_heads]  # (L,K,H,D)
@@ -178,10 +179,10 @@ class _AllHeads(nn.Module):
 
         lm_head = heads.lm_head.detach()
         if heads.config.lm_head == "own":
-            own = rows_of(lm_head[:n_heads], ids)
+            own = rows_of(lm_head[:n_heads], rows)
             self.lm_head: nn.Module = PerHead(own, None, dtype)
         else:
-            self.lm_head = linear(rows_of(lm_head, ids), None, dtype)
+            self.lm_head = linear(rows_of(lm_head, rows), None, dtype)
 
     def forward(self, states: Tensor) -> Tensor:
         states = states.to(self.kind)
@@ -195,36 +196,24 @@ class _AllHeads(nn.Module):
         return cast(Tensor, self.lm_head(x.view(-1, self.dim))).float()
 
 
-def _compile(heads: MedusaHeads, n_heads: int, ids: Int32Array, dtype: str) -> Call:
-    return compiled(_AllHeads(heads, n_heads, ids, dtype), torch.randn(2, heads.config.dim))
+def _compile(heads: MedusaHeads, n_heads: int, rows: Int32Array, dtype: str) -> Call:
+    return compiled(_AllHeads(heads, n_heads, rows, dtype), torch.randn(2, heads.config.dim))
 
 
-def rows_of(lm_head: Tensor, ids: Int32Array) -> Tensor:
-    """Return the rows of an LM head (…,V,D) for tokens, without a copy where they are all."""
-    if len(ids) == lm_head.shape[-2]:
+def rows_of(lm_head: Tensor, rows: Int32Array) -> Tensor:
+    """Return some rows of an LM head (…,R,D), without a copy where they are all."""
+    if len(rows) == lm_head.shape[-2]:
         return lm_head
-    return lm_head.index_select(-2, torch.from_numpy(ids.astype(np.int64)))
+    return lm_head.index_select(-2, torch.from_numpy(rows.astype(np.int64)))
 
 
-def covering(counts: Int32Array, share: float) -> int:
-    """Return how many of the commonest tokens make up `share` of a counted text.
-
-    counts: (V,). The result is a multiple of 64, at least 1,024.
-    """
-    totals = np.sort(counts.astype(np.int64))[::-1].cumsum()
-    needed = int(np.searchsorted(totals, share * totals[-1])) + 1
-    steps = -(-needed // DRAFT_VOCAB_STEP)
-    return max(MIN_DRAFT_VOCAB, steps * DRAFT_VOCAB_STEP)
-
-
-def _draft_ids(vocab: int, draft_vocab: int, counts: Int32Array | None) -> Int32Array:
-    """Return the token ids to draft from, ascending."""
-    if not 0 < draft_vocab < vocab:
-        return np.arange(vocab, dtype=np.int32)
+def _draft_rows(known: Int32Array, draft_vocab: int, counts: Int32Array | None) -> Int32Array:
+    """Return which of the tokens that the heads know (R,) to draft from, ascending."""
+    if not 0 < draft_vocab < len(known):
+        return np.arange(len(known), dtype=np.int32)
     if counts is None:
         raise HeadsError(
             "these heads hold no token_counts, which draft_vocab needs: train them anew, "
             "or set it to 0"
         )
-    by_count = np.argsort(-counts.astype(np.int64), kind="stable")
-    return np.sort(by_count[:draft_vocab]).astype(np.int32)
+    return commonest(counts[known], draft_vocab)

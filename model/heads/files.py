@@ -31,6 +31,8 @@ CONFIG_FILE = "config.json"
 HEADS_FILE = "medusa_lm_head.safetensors"
 _INT32_MAX = 2**31 - 1
 _TOP = 100  # tokens whose frequencies can be read in config.json
+_BLOCK = 16_384  # rows of the embeddings that are in memory as f32 at a time
+Rows = npt.NDArray[np.integer] | slice
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +56,8 @@ class BaseFile(Protocol):
     def file_fingerprint(self) -> str: ...  # noqa: D102
     @property
     def tied(self) -> bool: ...  # noqa: D102
-    def output_weight(self) -> npt.NDArray[np.float32]: ...  # noqa: D102
-    def token_embeddings(self) -> npt.NDArray[np.float32]: ...  # noqa: D102
+    def output_weight(self, rows: Rows = ...) -> npt.NDArray[np.float32]: ...  # noqa: D102
+    def token_embeddings(self, rows: Rows = ...) -> npt.NDArray[np.float32]: ...  # noqa: D102
 
 
 def base_facts(base: BaseFile) -> dict[str, str]:
@@ -110,17 +112,39 @@ def save_heads(folder: Path, heads: MedusaHeads, facts: dict[str, Any]) -> None:
         write_heads(new, heads, facts)
 
 
-def new_heads(config: HeadsConfig, base: BaseFile, lm_head: Tensor | None = None) -> MedusaHeads:
-    """Return untrained heads of either type for a base model. lm_head: another than the base's."""
+def new_heads(
+    config: HeadsConfig,
+    base: BaseFile,
+    lm_head: Tensor | None = None,
+    draft_ids: Tensor | None = None,
+) -> MedusaHeads:
+    """Return untrained heads of either type for a base model.
+
+    lm_head: another than the base's. draft_ids: (R,) int32, ascending, where the config has a draft
+    vocabulary: then neither LM head nor embeddings are in memory as a whole in f32.
+    """
     if lm_head is None:
-        lm_head = torch.from_numpy(base.output_weight())
+        rows: Rows = slice(None) if draft_ids is None else draft_ids.numpy()
+        lm_head = torch.from_numpy(base.output_weight(rows))
+    scales = (base.logit_scale, base.soft_cap)
     if config.head_type == "medusa":
-        return MedusaHeads(config, lm_head, base.logit_scale, base.soft_cap)
-    if base.tied and lm_head.dim() == 2:
+        return MedusaHeads(config, lm_head, *scales, draft_ids)
+    if draft_ids is not None:
+        embeddings = _half_embeddings(base)
+    elif base.tied and lm_head.dim() == 2:
         embeddings = lm_head
     else:
         embeddings = torch.from_numpy(base.token_embeddings())
-    return HydraHeads(config, lm_head, embeddings, base.logit_scale, base.soft_cap)
+    return HydraHeads(config, lm_head, embeddings, *scales, draft_ids)
+
+
+def _half_embeddings(base: BaseFile) -> Tensor:
+    """Return the base's embeddings (V, D) in f16: finer than what files are quantized to."""
+    embeddings = torch.empty((base.n_vocab, base.n_embd), dtype=torch.float16)
+    for start in range(0, base.n_vocab, _BLOCK):
+        rows = slice(start, start + _BLOCK)
+        embeddings[rows] = torch.from_numpy(base.token_embeddings(rows))
+    return embeddings
 
 
 def load_heads(path: Path, base: BaseFile) -> tuple[MedusaHeads, dict[str, Any]]:
@@ -144,7 +168,10 @@ def load_heads(path: Path, base: BaseFile) -> tuple[MedusaHeads, dict[str, Any]]
             f"{path}: token_counts must be int32 ({config.vocab},): write the heads anew"
         )
     lm_head = tensors["lm_head"].float() if config.lm_head == "own" else None
-    heads = new_heads(config, base, lm_head)
+    draft_ids = tensors.get("draft_ids")
+    if draft_ids is not None:
+        _check_ids(path, draft_ids, config.vocab)
+    heads = new_heads(config, base, lm_head, draft_ids)
     heads.load_state_dict(tensors)
     facts["token_counts"] = None if counts is None else counts.numpy()
     return heads.requires_grad_(False).eval(), facts
@@ -180,11 +207,13 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
 def _shapes(config: HeadsConfig) -> dict[str, tuple[int, ...]]:
     """Return the shapes of all tensors that such heads keep, by name; takes no memory."""
     with torch.device("meta"):
-        matrix = torch.empty(config.vocab, config.dim)
+        lm_head = torch.empty(config.n_rows, config.dim)
+        ids = torch.empty(config.n_rows, dtype=torch.int32)
         if config.head_type == "hydra":
-            heads: MedusaHeads = HydraHeads(config, matrix, matrix)
+            embeddings = torch.empty(config.vocab, config.dim)
+            heads: MedusaHeads = HydraHeads(config, lm_head, embeddings, draft_ids=ids)
         else:
-            heads = MedusaHeads(config, matrix)
+            heads = MedusaHeads(config, lm_head, draft_ids=ids)
     return {name: tuple(tensor.shape) for name, tensor in heads.state_dict().items()}
 
 
@@ -198,7 +227,16 @@ def _check_tensors(
         shape = tuple(tensor.shape)
         if shape != shapes[name]:
             raise HeadsError(f"{path}: {name} is {shape}, its config says {shapes[name]}")
+        if name == "draft_ids":
+            continue
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise HeadsError(
                 f"{path}: {name} holds values that are no finite numbers: train the heads anew"
             )
+
+
+def _check_ids(path: Path, ids: Tensor, vocab: int) -> None:
+    """Raise HeadsError where these are not tokens in ascending order."""
+    fine = ids.dtype == torch.int32 and bool((ids.diff() > 0).all())
+    if not fine or not 0 <= int(ids[0]) <= int(ids[-1]) < vocab:
+        raise HeadsError(f"{path}: draft_ids are no ascending tokens: train the heads anew")

@@ -24,7 +24,7 @@ class HydraHeads(MedusaHeads):
 
     Args: embeddings (V,D), the base's, frozen and out of the state dict. They may be of any size,
     so they are read times `embedding_scale`, which belongs to the heads: it brings them to an RMS
-    of 1.
+    of 1. They may be of a smaller type than the heads.
     """
 
     embeddings: Tensor
@@ -37,8 +37,9 @@ class HydraHeads(MedusaHeads):
         embeddings: Tensor,
         logit_scale: float = 1.0,
         soft_cap: float = 0.0,
+        draft_ids: Tensor | None = None,
     ) -> None:
-        super().__init__(config, lm_head, logit_scale, soft_cap)
+        super().__init__(config, lm_head, logit_scale, soft_cap, draft_ids)
         heads = config.k_heads
         dim = config.dim
         assert embeddings.shape == (config.vocab, dim), (embeddings.shape, config)
@@ -46,7 +47,8 @@ class HydraHeads(MedusaHeads):
         scale = torch.ones(())
         # On the meta device torch would import its compiler, 3 s, to say that this is one number.
         if not embeddings.is_meta:
-            scale = embeddings.detach().square().mean().rsqrt()
+            norm = torch.linalg.vector_norm(embeddings.detach(), dtype=torch.float32)
+            scale = embeddings.numel() ** 0.5 / norm
         self.register_buffer("embedding_scale", scale)
         # The token at t+j is read by the heads from j on: K matrices, then K-1, …, then one.
         self.readers = list(range(heads, 0, -1))
@@ -57,7 +59,7 @@ class HydraHeads(MedusaHeads):
         assert tokens is not None, "Hydra heads read tokens too"
         x = states.repeat(self.config.k_heads, 1, 1)
         for j, matrices in enumerate(self.embed.split(self.readers)):
-            embedded = F.embedding(tokens[:, j], self.embeddings) * self.embedding_scale
+            embedded = F.embedding(tokens[:, j], self.embeddings).to(x.dtype) * self.embedding_scale
             read = F.linear(embedded, matrices.flatten(0, 1))  # (N,(K-j)·D)
             x[j:] += read.view(len(read), -1, self.config.dim).transpose(0, 1)
         return x

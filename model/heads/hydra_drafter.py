@@ -75,10 +75,10 @@ class HydraDrafter(HeadsDrafter):
         flat = tokens.tolist()
         return [flat[start + 1 : end] for start, end in pairwise(starts.tolist())]
 
-    def _one_row(self, heads: MedusaHeads, ids: Int32Array, dtype: str) -> Callable[[], object]:
+    def _one_row(self, heads: MedusaHeads, rows: Int32Array, dtype: str) -> Callable[[], object]:
         assert isinstance(heads, HydraHeads)
         last = self._n_heads - 1
-        call = _compile(heads, last, _lm_head(heads, last, ids, dtype), dtype)
+        call = _compile(heads, last, _lm_head(heads, last, rows, dtype), dtype)
         states = torch.randn(1, heads.config.dim)
         tokens = torch.zeros((1, last + 1), dtype=torch.int64)
         return partial(call, states, tokens)
@@ -89,7 +89,7 @@ class HydraDrafter(HeadsDrafter):
         lm_head: nn.Module | None = None
         for k in range(self._n_heads):
             if lm_head is None or heads.config.lm_head == "own":
-                lm_head = _lm_head(heads, k, self.ids, self.dtype)
+                lm_head = _lm_head(heads, k, self._rows, self.dtype)
             self._heads.append(_compile(heads, k, lm_head, self.dtype))
 
 
@@ -125,8 +125,8 @@ class _Head(nn.Module):
         return cast(Tensor, self.lm_head(x)).float()
 
 
-def _lm_head(heads: HydraHeads, k: int, ids: Int32Array, dtype: str) -> nn.Module:
-    return linear(rows_of(heads.lm_head_weight(k).detach(), ids), None, dtype)
+def _lm_head(heads: HydraHeads, k: int, rows: Int32Array, dtype: str) -> nn.Module:
+    return linear(rows_of(heads.lm_head_weight(k).detach(), rows), None, dtype)
 
 
 def _compile(heads: HydraHeads, k: int, lm_head: nn.Module, dtype: str) -> Call:

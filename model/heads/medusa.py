@@ -20,6 +20,7 @@ class HeadsConfig:
 
     k_heads: K. dim: D. vocab: V. head_layers: L, blocks of a head. hidden_dim: H, the width inside
     a block; 0 or dim: no bottleneck. lm_head: "tied", the base model's, or "own", one per head.
+    draft_vocab: R, how many of the V tokens the heads draft from; 0: all.
     """
 
     k_heads: int
@@ -29,6 +30,12 @@ class HeadsConfig:
     hidden_dim: int = 0
     lm_head: Literal["tied", "own"] = "tied"
     head_type: Literal["medusa", "hydra"] = "medusa"
+    draft_vocab: int = 0
+
+    @property
+    def n_rows(self) -> int:
+        """Return R, the rows of an LM head: the draft vocabulary's, or all."""
+        return self.draft_vocab or self.vocab
 
     @property
     def bottleneck(self) -> bool:
@@ -43,12 +50,15 @@ class MedusaHeads(nn.Module):
     head repeats the base model's own guess; with a bottleneck it is `x + U silu(W x + b)`, U zero
     at first.
 
-    Args: lm_head (V,D), the base's; "tied" keeps it frozen and out of the state dict, "own" gives
-    each head a trained copy ((K,V,D) is taken as it is). logit_scale and soft_cap (0: none) are the
-    base model's, applied to all logits.
+    Args: lm_head (R,D), the base's; "tied" keeps it frozen and out of the state dict, "own" gives
+    each head a trained copy ((K,R,D) is taken as it is). logit_scale and soft_cap (0: none) are the
+    base model's, applied to all logits. draft_ids: (R,) the tokens that the rows of lm_head stand
+    for, ascending; None: all V. Only a draft vocabulary's are kept in the state dict.
     """
 
-    lm_head: Tensor  # tied (V,D) or own (K,V,D)
+    lm_head: Tensor  # tied (R,D) or own (K,R,D)
+    draft_ids: Tensor  # (R,) int32
+    _row_of: Tensor  # (V,) int32: which row a token has; -1: none
 
     def __init__(
         self,
@@ -56,13 +66,18 @@ class MedusaHeads(nn.Module):
         lm_head: Tensor,
         logit_scale: float = 1.0,
         soft_cap: float = 0.0,
+        draft_ids: Tensor | None = None,
     ) -> None:
         super().__init__()
         heads = config.k_heads
         dim = config.dim
         layers = config.head_layers
         inner = config.hidden_dim if config.bottleneck else dim
-        assert lm_head.shape[-2:] == (config.vocab, dim), (lm_head.shape, config)
+        assert lm_head.shape[-2:] == (config.n_rows, dim), (lm_head.shape, config)
+        if draft_ids is None:
+            assert not config.draft_vocab, "a draft vocabulary needs its tokens"
+            draft_ids = torch.arange(config.vocab, dtype=torch.int32)
+        assert draft_ids.shape == (config.n_rows,), (draft_ids.shape, config)
         self.config = config
         self.logit_scale = logit_scale
         self.soft_cap = soft_cap
@@ -77,6 +92,14 @@ class MedusaHeads(nn.Module):
             self.lm_head = nn.Parameter(lm_head.detach().expand(heads, -1, -1).clone())
         else:
             self.register_buffer("lm_head", lm_head.detach(), persistent=False)
+        self.register_buffer("draft_ids", draft_ids, persistent=bool(config.draft_vocab))
+        row_of = torch.full((config.vocab,), -1, dtype=torch.int32)
+        row_of[draft_ids.long()] = torch.arange(config.n_rows, dtype=torch.int32)
+        self.register_buffer("_row_of", row_of, persistent=False)
+
+    def rows_of(self, tokens: Tensor) -> Tensor:
+        """Return the rows (int64) of the LM head that stand for tokens; -1: none, or no token."""
+        return torch.where(tokens >= 0, self._row_of[tokens.clamp(min=0)].long(), -1)
 
     def inputs(self, states: Tensor, tokens: Tensor | None) -> Tensor:
         """Return what the heads' first blocks read, (N,D) -> (K,N,D): the state itself."""
@@ -97,7 +120,7 @@ class MedusaHeads(nn.Module):
         return x.reshape(self.config.k_heads, *states.shape)
 
     def logits(self, states: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Return all heads' logits, (…,D) -> (K,…,V).
+        """Return all heads' logits, (…,D) -> (K,…,R).
 
         For small inputs; training uses the chunked losses.
         """
@@ -106,8 +129,8 @@ class MedusaHeads(nn.Module):
         logits = (flat @ self.lm_head.mT) * self.logit_scale
         if self.soft_cap:
             logits = torch.tanh(logits / self.soft_cap) * self.soft_cap
-        return logits.reshape(*hidden.shape[:-1], self.config.vocab)
+        return logits.reshape(*hidden.shape[:-1], self.config.n_rows)
 
     def lm_head_weight(self, k: int) -> Tensor:
-        """Return the LM head (V,D) of the head with index k (from 0)."""
+        """Return the LM head (R,D) of the head with index k (from 0)."""
         return self.lm_head[k] if self.config.lm_head == "own" else self.lm_head

@@ -6,10 +6,10 @@ Knows neither how policies decide nor how they are measured.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from model.base.prompt import encode_prompt
+from model.base.chat import chosen_template
 from model.decoding.draft import ROOT_ONLY
 from model.decoding.draft_policy import DraftPolicy, FixedPolicy
 from model.decoding.drafters.drafter import HEADS, NGRAM, Drafters
@@ -19,11 +19,12 @@ from model.decoding.sampling import SamplingParams
 from model.errors import ModelFileError, UsageError
 from model.loaded_model import LoadedModel, new_drafters
 from model.planning.auto_tuning import MAX_CONTINUATION, adaptive_policy, tuned
-from model.planning.prompt_files import TRIAL, read_prompt_file
+from model.planning.prompt_files import PYTHON_TRIALS, TASK_TRIALS, in_turn, read_tasks
 from model.trees.slices import Slices, finish
 from model.trees.tree import MAX_LEAVES, Tree
 
 TRIAL_TOKENS = 64
+N_TRIALS = 6  # one of each kind: reading the prompts takes most of the time
 WORDS = {HEADS: "heads", NGRAM: "n-grams"}
 
 
@@ -53,16 +54,22 @@ class Drafting(NamedTuple):
     description: str
 
 
-def trial_requests(loaded: LoadedModel, sampling: SamplingParams) -> list[Request]:
-    """Return the requests that drafts are measured on.
+def trial_requests(
+    loaded: LoadedModel, sampling: SamplingParams, n: int = N_TRIALS
+) -> list[Request]:
+    """Return n requests that drafts are measured on, of each kind of task in turn.
 
-    Their prompts fill half of the context at the most.
+    Tasks for a GGUF with a chat template, in that template, and Python source for others. Their
+    prompts fill half of the context at the most.
     """
     most = loaded.context // 2
-    prompts = [encode_prompt(loaded.base_model, text)[:most] for text in read_prompt_file(TRIAL)]
-    return [
-        Request(prompt=prompt, max_tokens=TRIAL_TOKENS, sampling=sampling) for prompt in prompts
+    template = chosen_template(loaded.file.metadata, "auto")
+    tasks = read_tasks(PYTHON_TRIALS if template is None else TASK_TRIALS)
+    requests = [
+        loaded.request(task.text, TRIAL_TOKENS, sampling, template=template)
+        for task in in_turn(tasks)[:n]
     ]
+    return [replace(request, prompt=request.prompt[:most]) for request in requests]
 
 
 def choose(

@@ -25,7 +25,8 @@ class Evaluation:
     """Figures of one validation; lists go by head.
 
     loss: cross-entropy, weighted as in training. rank_accuracies: (K, RANKS), how often the wanted
-    token is the r-th best guess, given that the best guesses of all heads before were right.
+    token is the r-th best guess, given that the best guesses of all heads before were right. A
+    token outside the heads' draft vocabulary is never right, and has no loss.
     acceptance_length: tokens per step of a chain of best guesses, the base model's own included.
     ranks: (positions, K) int8, which guess was right, RANKS for none, -1 where nothing was wanted.
     tree_length: tokens per step of the tuned tree, which has tree_nodes nodes.
@@ -52,23 +53,26 @@ class _Sums:
 
     def __init__(self, k_heads: int) -> None:
         self.losses = torch.zeros(k_heads, dtype=torch.float64)
+        self.n_losses = torch.zeros(k_heads, dtype=torch.int64)
         self.counts = torch.zeros(k_heads, dtype=torch.int64)
         self.ranks = torch.zeros((k_heads, RANKS + 1), dtype=torch.int64)
         self.reached = torch.zeros((k_heads, RANKS + 1), dtype=torch.int64)
         self.seen: list[Tensor] = []
 
-    def add(self, logits: Tensor, targets: Tensor) -> None:
-        """Count logits (K, n, V) against targets (n, K)."""
+    def add(self, logits: Tensor, targets: Tensor, rows: Tensor) -> None:
+        """Count logits (K, n, R) against targets (n, K), which are their rows (-1: none)."""
         # Where the best guesses of all heads so far would have been accepted.
         accepted = torch.ones(len(targets), dtype=torch.bool, device=targets.device)
         seen = torch.full(targets.shape, -1, dtype=torch.int8)
-        for k, (scores, wanted) in enumerate(zip(logits, targets.T, strict=True)):
-            valid = wanted >= 0
-            mine = scores.gather(1, wanted.clamp(min=0)[:, None])
+        for k, (scores, row) in enumerate(zip(logits, rows.T, strict=True)):
+            valid = targets[:, k] >= 0
+            known = row >= 0
+            mine = scores.gather(1, row.clamp(min=0)[:, None])
             losses = scores.logsumexp(1) - mine[:, 0]
-            ranks = (scores > mine).sum(1).clamp(max=RANKS)
+            ranks = (scores > mine).sum(1).clamp(max=RANKS).where(known, RANKS)
             reached = accepted & valid
-            self.losses[k] += losses[valid].double().sum().cpu()
+            self.losses[k] += losses[known].double().sum().cpu()
+            self.n_losses[k] += int(known.sum())
             self.counts[k] += int(valid.sum())
             self.ranks[k] += torch.bincount(ranks[valid], minlength=RANKS + 1).cpu()
             self.reached[k] += torch.bincount(ranks[reached], minlength=RANKS + 1).cpu()
@@ -88,18 +92,17 @@ def evaluate(heads: MedusaHeads, batches: Iterable[Batch]) -> Evaluation:
     config = heads.config
     sums = _Sums(config.k_heads)
     device = heads.weight.device
-    chunk = max(1, LOGIT_BYTES // (4 * config.vocab * config.k_heads))
+    chunk = max(1, LOGIT_BYTES // (4 * config.n_rows * config.k_heads))
     positions = 0
     for batch in batches:
         parts = (batch.states.split(chunk), batch.tokens.split(chunk), batch.targets.split(chunk))
         for states, tokens, targets in zip(*parts, strict=True):
-            sums.add(
-                heads.logits(states.to(device, torch.float32), tokens.to(device)),
-                targets.to(device),
-            )
+            logits = heads.logits(states.to(device, torch.float32), tokens.to(device))
+            wanted = targets.to(device)
+            sums.add(logits, wanted, heads.rows_of(wanted))
             positions += len(targets)
     counts = sums.counts.clamp(min=1)
-    losses = sums.losses / counts
+    losses = sums.losses / sums.n_losses.clamp(min=1)
     rates = (sums.reached / sums.reached.sum(1, keepdim=True).clamp(min=1))[:, :RANKS]
     return Evaluation(
         loss=float((losses * head_weights(config.k_heads)).sum()),

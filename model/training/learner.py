@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from model.heads.medusa import MedusaHeads
 from model.training.options import TrainOptions
+from model.training.precision import use_bf16
 from model.training.ranks import Ranks
 from model.training.states.batches import Batch
 from model.training.teaching import HeadsLoss
@@ -32,20 +33,10 @@ def learning_rate(step: int, total: int, peak: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def use_bf16(device: torch.device) -> bool:
-    """Say whether the device has fast bf16: GPUs that support it, CPUs with AMX.
-
-    Other CPUs: 165 against 290 GFLOP/s.
-    """
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    return bool(torch.cpu._is_amx_tile_supported())
-
-
 class Learner:
     """Heads and their optimiser. ranks: the processes that share each batch.
 
-    teacher: the base model's LM head (V, D) for `--loss kd`.
+    teacher: the base model's LM head (R, D) for `--loss kd`.
     """
 
     def __init__(
@@ -53,6 +44,7 @@ class Learner:
     ) -> None:
         self._options = options
         self._ranks = ranks
+        self._heads = heads
         self._device = heads.weight.device
         self._autocast = use_bf16(self._device)
         self.parameters = {name: p for name, p in heads.named_parameters() if p.requires_grad}
@@ -91,17 +83,21 @@ class Learner:
             return self._loss.no_sync()
         return contextlib.nullcontext()
 
+    def _rows_of(self, batch: Batch) -> Tensor:
+        """Return a batch's targets (N, K) as rows of the LM head."""
+        return self._heads.rows_of(batch.targets.to(self._device))
+
     def _backward(self, batch: Batch, parts: int) -> float:
         """Add the gradients of this process's rows of one of `parts` batches; return their loss."""
         rank = self._ranks.rank
         count = self._ranks.count
         # The means are those of the whole batch, whichever rows are this process's.
-        wanted = (batch.targets >= 0).sum(0).to(self._device)
+        wanted = (self._rows_of(batch) >= 0).sum(0)
         rows = batch[len(batch) * rank // count : len(batch) * (rank + 1) // count]
         around = rows.around.to(self._device).float()
         places = rows.places.to(self._device)
         tokens = rows.tokens.to(self._device)
-        targets = rows.targets.to(self._device)
+        targets = self._rows_of(rows)
         with torch.autocast(self._device.type, torch.bfloat16, enabled=self._autocast):
             loss: Tensor = self._loss(around, places, tokens, targets, wanted) / parts
         (loss * count).backward()  # DistributedDataParallel makes the mean over processes of it

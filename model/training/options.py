@@ -45,6 +45,12 @@ class TrainOptions:
     loss: Literal["ce", "kd"] = _option(
         "kd", "kd: learn the base model's distribution over the next token; ce: the text's tokens."
     )
+    draft_vocab: int | None = _option(
+        None,
+        "Heads draft from so many of the text's most frequent tokens; 0: from all; "
+        "default: from those that make up 99.9 % of it, 8,192 at the least.",
+        0,
+    )
     kd_temperature: float = _option(1.0, "Distributions are softened by it (--loss kd).", 0.01)
     kd_weight: float = _option(
         1.0, "Weight of that distribution against the text's tokens (--loss kd).", 0, most=1
@@ -57,9 +63,11 @@ class TrainOptions:
         0, "Tokens per sequence; 0: 1,024, or the model's context where that is shorter.", 0
     )
     max_tokens: int = _option(0, "Use at most so many tokens of the data set; 0: all.", 0)
-    batch_size: int = _option(8, "Sequences of max_length per step.", 1)
-    learning_rate: float = _option(1e-3, "Peak learning rate.", 0)
-    epochs: int = _option(3, "Passes over the training text.", 1)
+    batch_size: int = _option(
+        0, "Sequences of max_length per step; 0: as many positions as suit the amount of text.", 0
+    )
+    learning_rate: float = _option(0.0, "Peak learning rate; 0: what suits the batch size.", 0)
+    epochs: int = _option(0, "Passes over the training text; 0: as many as suit its amount.", 0)
     hours: float = _option(
         0.0,
         "Let the model write answers (to the data set's prompts, or its own), and train on them, "
@@ -139,7 +147,8 @@ def changed_options(old: dict[str, Any], new: TrainOptions) -> list[str]:
     """Name the options that differ from those a run was begun with and decide about its result.
 
     With both values."""
-    old = {"head_type": "medusa", "loss": "ce", **old}  # what they were before they could be chosen
+    # What they were before they could be chosen.
+    old = {"head_type": "medusa", "loss": "ce", "draft_vocab": 0, **old}
     pairs = {
         item.name: (old.get(item.name, item.default), getattr(new, item.name))
         for item in fields(new)

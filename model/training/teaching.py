@@ -20,7 +20,9 @@ from model.training.options import TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class Teacher:
-    """What the base model says of a batch: its LM head (V, D), the states that decide targets.
+    """What the base model says of a batch: its LM head (R, D), the states that decide targets.
+
+    R: the heads' draft vocabulary, to which its distribution is restricted; all tokens without one.
 
     around, places: see Batch. Temperature and weight against the cross-entropy are
     `linear_distillation`'s.
@@ -43,6 +45,7 @@ def heads_loss(
 ) -> Tensor:
     """Return the sum over heads of 0.8^k · mean loss; see Batch for what comes in.
 
+    targets: (N, K) as rows of the heads' LM head (`MedusaHeads.rows_of`), -1: nothing to learn.
     The loss is the cross-entropy with the targets, or distillation where there is a teacher.
     counts: (K,), by which the means are formed where these rows are a part of a batch; None: the
     rows' own targets.
@@ -78,7 +81,7 @@ def heads_loss(
 class HeadsLoss(nn.Module):
     """The loss as a module, which several processes can share (DistributedDataParallel).
 
-    lm_head: the base model's (V, D), for `--loss kd`.
+    lm_head: the base model's (R, D), for `--loss kd`.
     """
 
     def __init__(self, heads: MedusaHeads, options: TrainOptions, lm_head: Tensor | None) -> None:

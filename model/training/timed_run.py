@@ -33,6 +33,7 @@ from model.training.timed_record import TimedRecord
 from model.training.trainer import TrainResult
 
 FOLDER = "timed_run"
+PASSES = 3  # over the answers, that the time is divided for where nobody says how many
 FIRST_SHARE = 0.1  # of the time: answers that are written before anything is measured
 TRIAL_SHARE = 0.02  # of the time: the trial of training, or one step where that takes longer
 TRIAL_TOKENS = 4096  # what is learnt in it
@@ -113,7 +114,7 @@ class TimedRun:
         costs = self._try_training(amount)
         self._require_one_step(amount, costs)
         if self._writer:
-            passes = self._options.epochs
+            passes = self._options.epochs or PASSES
             wanted = tokens_to_write(self._left_s, amount.tokens, costs, passes)
             click.echo(f"plan    {costs}: {wanted:,} to be written, and learnt {passes} times")
             self._write(self._writer, (wanted - amount.tokens) * costs.write_s)

@@ -43,15 +43,18 @@ def train_options(command: Callable[..., Any]) -> Callable[..., Any]:
         least = item.metadata["least"]
         below = item.metadata["below"]
         most = item.metadata["most"] if below is None else below
+        if kind == (int | None):  # None: chosen from the data
+            kind = int
         if get_origin(kind) is Literal:
             kind = click.Choice(get_args(kind))
         elif kind is int and least is not None:
             kind = click.IntRange(min=int(least))
         elif least is not None:
             kind = click.FloatRange(min=least, max=most, max_open=below is not None)
+        shown = item.default not in ("", None)
         resumes = item.name == "resume_from"
         decorate = click.option(
-            f"--{item.name}", type=kind, default=item.default, show_default=item.default != "",
+            f"--{item.name}", type=kind, default=item.default, show_default=shown,
             help=item.metadata["help"], is_eager=resumes, callback=_from_run if resumes else None,
         )  # fmt: skip
         command = decorate(command)

@@ -8,7 +8,8 @@ import torch
 
 from model.decoding.drafters.drafter import HEADS, RankingDrafter
 from model.errors import HeadsError
-from model.heads.drafter import HeadsDrafter, MedusaDrafter, covering
+from model.heads.draft_vocabulary import covering
+from model.heads.drafter import HeadsDrafter, MedusaDrafter
 from model.heads.fast import DType
 from model.heads.medusa import HeadsConfig, MedusaHeads
 from model.storage import facts

@@ -19,6 +19,7 @@ from model.errors import HeadsError, OutputError
 from model.heads.files import (
     CONFIG_FILE,
     HEADS_FILE,
+    Rows,
     base_facts,
     heads_folder,
     load_heads,
@@ -55,11 +56,13 @@ class FakeBase:
 
     tied = False
 
-    def output_weight(self) -> npt.NDArray[np.float32]:
-        return np.random.default_rng(0).standard_normal((self.n_vocab, self.n_embd), np.float32)
+    def output_weight(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
+        rng = np.random.default_rng(0)
+        return rng.standard_normal((self.n_vocab, self.n_embd), np.float32)[rows]
 
-    def token_embeddings(self) -> npt.NDArray[np.float32]:
-        return np.random.default_rng(1).standard_normal((self.n_vocab, self.n_embd), np.float32)
+    def token_embeddings(self, rows: Rows = slice(None)) -> npt.NDArray[np.float32]:
+        rng = np.random.default_rng(1)
+        return rng.standard_normal((self.n_vocab, self.n_embd), np.float32)[rows]
 
 
 def make(lm_head: str = "tied", hidden: int = 0, head_type: str = "medusa") -> MedusaHeads:

@@ -33,7 +33,7 @@ from model.heads.hydra_drafter import drafter_for
 from model.heads.known_heads import HEADS_FOLDER
 from model.heads.medusa import HeadsConfig
 from model.loaded_model import LoadedModel, LoadOptions
-from model.planning.prompt_files import TRIAL, read_prompt_file
+from model.planning.prompt_files import PYTHON_TRIALS, read_prompt_file
 from model.training.data.standard_library import standard_library
 from model.trees.tree import Tree
 
@@ -43,7 +43,7 @@ VOCAB = 4096  # of the bundled model
 BOUND = 1e-3  # of the logits in F32; 1e-5 is what they differ by
 HEADS = HEADS_FOLDER / "tiny-python"
 PLACES = growth.places
-PROMPTS = read_prompt_file(TRIAL)[:3]
+PROMPTS = read_prompt_file(PYTHON_TRIALS)[:3]
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ from click.testing import CliRunner, Result
 from commands.common import draft_options
 from config import ROOT
 from main import cli
-from model.errors import DataError
 from model.evaluation.report import table
 from model.planning.choice import DraftOptions
-from model.planning.prompt_files import read_prompt_file
 from model.storage import facts
 
 
@@ -311,16 +309,3 @@ def test_what_a_table_of_figures_is_not_silent_about() -> None:
     assert len(table([steady]).splitlines()) == 2
     assert "speedups of 0.50 to 2.00" in table([{**steady, "speedup_by_run": [0.5, 2.0]}])
     assert "near-tie" in table([steady, {**steady, "equal_sequences": 1}])
-
-
-def test_prompt_files(tmp_path: Path) -> None:
-    file = tmp_path / "p.jsonl"
-    file.write_text('{"prompt": "a"}\n\n{"turns": ["b", "c"]}\n')
-    assert read_prompt_file(file) == ["a", "b"]
-    for wrong in ('{"text": "a"}', '{"prompt": "a', "[]"):
-        file.write_text(f'{{"prompt": "a"}}\n\n{wrong}\n')
-        with pytest.raises(DataError, match=r"p\.jsonl:3: is no object"):
-            read_prompt_file(file)
-    file.write_text("")
-    with pytest.raises(DataError, match="no prompts"):
-        read_prompt_file(file)

@@ -231,7 +231,7 @@ def test_config_file_sets_options_and_the_command_line_wins(
             7,
             2e-3,
             3,
-            8,
+            0,
         )
     (tmp_path / "c.yaml").write_text("loss: kd\nkd_weight: 0.5\n")
     CliRunner().invoke(main, ["--config", str(tmp_path / "c.yaml")])
@@ -292,9 +292,9 @@ def test_options_and_defaults_are_as_documented() -> None:
         "dataset_name": "",
         "dataset_split": "train",
         "max_length": 0,
-        "batch_size": 8,
-        "learning_rate": 1e-3,
-        "epochs": 3,
+        "batch_size": 0,
+        "learning_rate": 0.0,
+        "epochs": 0,
         "weight_decay": 0.0,
         "max_grad_norm": 1.0,
         "gradient_accumulation_steps": 1,
@@ -309,6 +309,7 @@ def test_options_and_defaults_are_as_documented() -> None:
         "loss": "kd",
         "kd_temperature": 1.0,
         "kd_weight": 1.0,
+        "draft_vocab": None,
         "patience": 0,
         "report_to": "tensorboard",
     }

@@ -321,8 +321,17 @@ def test_a_prompt_gets_its_log_probabilities(served: Served, loaded: LoadedModel
 
 
 def test_the_cache_is_told_of(served: Served) -> None:
-    served.generate(ask("a", PROMPTS[1], 8, GREEDY))
-    assert 8 < served.worker.cells_used <= served.worker.info.cells
+    told = list[int]()
+
+    async def watch() -> None:
+        running = asyncio.create_task(generate(served.worker, ask("a", PROMPTS[1], 60, GREEDY)))
+        while not running.done():
+            told.append(served.worker.cells_used)
+            await asyncio.sleep(0.001)
+
+    served.run(watch())
+    assert 8 < max(told) <= served.worker.info.cells
+    assert served.worker.cells_used == 0, "what has finished takes no cells"
 
 
 def test_a_seed_repeats_a_text_whatever_drafts(served_f32: Served) -> None:

@@ -239,6 +239,7 @@ def test_models_props_slots_health(client: TestClient, worker: FakeWorker) -> No
         "max_queue": 64,
         "kv_cells": 1024,
         "draft": "three heads",
+        "measuring": False,
         "chat_template": True,
     }
     assert client.get("/slots").json() == [{"id": i, "is_processing": False} for i in (0, 1)]

@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 
 from config import ROOT, Settings, settings_table
+from model.base.known_models import BUNDLED, smollm2_if_installed
 from model.base.llama import KV_TYPES, QUANTIZED_KV
 from model.errors import UsageError
 
@@ -23,7 +24,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_defaults() -> None:
     s = Settings.load()
-    assert s.model_path == ROOT / "models" / "tiny-python.Q4_0.gguf"
+    assert s.model_path == smollm2_if_installed()
     assert s.medusa_weights_path is None
     assert (s.n_gpu_layers, s.use_mmap, s.use_mlock, s.kv_type, s.flash_attn) == (
         -1,
@@ -62,6 +63,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "REQUEST_TIMEOUT": "60",
         "SHUTDOWN_TIMEOUT": "0",
         "CACHE_TOKENS": "9999",
+        "PROMPT_CACHE_MB": "12",
     }
     # every variable is tried
     assert {name.lower() for name in values} == set(Settings.model_fields)
@@ -81,6 +83,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (s.origins, s.hosts) == (("https://a.example", "http://b:1"), ("llm.home", "box"))
     assert (s.request_timeout, s.shutdown_timeout, s.cache_tokens) == (60, 0, 9999)
+    assert s.prompt_cache_mb == 12
     assert (
         s.api_key is not None and s.api_key.get_secret_value() == "sk-1" and "sk-1" not in repr(s)
     )
@@ -98,7 +101,20 @@ def test_a_key_that_cannot_protect_is_refused_and_not_shown(
 def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("N_THREADS", "")
     monkeypatch.setenv("MODEL_PATH", "")
-    assert Settings.load().model_path.name == "tiny-python.Q4_0.gguf"
+    assert Settings.load().model_path == smollm2_if_installed()
+
+
+def test_a_name_stands_for_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_PATH", "tiny-python")
+    assert Settings.load().model_path == BUNDLED
+
+
+def test_a_name_that_stands_for_nothing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODEL_PATH", "smolm2")
+    with pytest.raises(UsageError) as error:
+        Settings.load()
+    message = "is neither a file nor one of the names smollm2, tiny-python"
+    assert str(error.value) == f"MODEL_PATH='smolm2': {message}"
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,6 @@ CONTROLS = settings(QUICK, phases=[Phase.generate])
 
 
 def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.decoding.kv_slots.MIN_SHARED_TO_RESTORE", 2)
     monkeypatch.setattr("model.decoding.kv_slots.MIN_GAP", 8)
     run_state_machine_as_test(SchedulerMachine, settings=QUICK)
 
@@ -165,7 +164,6 @@ def test_any_order_of_events(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_negative_controls(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("model.decoding.kv_slots.MIN_SHARED_TO_RESTORE", 2)
     monkeypatch.setattr("model.decoding.kv_slots.MIN_GAP", 8)
     if fault.startswith("prefix"):
         monkeypatch.setattr("model.decoding.kv_slots.common_prefix", lambda a, b, most: most)

@@ -88,6 +88,13 @@ def make_prompts(
     return list(prompts.values()), problems
 
 
+def own_prompt(number: int, written: int, question: str) -> Prompt:
+    """Return a question of the model's own; number: among those kept, written: among all."""
+    digest = hashlib.sha256(question.encode(errors="replace")).hexdigest()
+    turn = {"role": "user", "content": question}
+    return Prompt(id=f"own-{written}-{digest[:8]}", number=number, turns=(turn,))
+
+
 def _add(prompts: dict[str, Prompt], name: str, **content: Any) -> None:
     """Add a prompt under its id; the same content from the same place is there already."""
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

@@ -87,7 +87,7 @@ class AnswerFile:
         require_ordinary(self.path)
         require_writable(self.path.parent)
         with contextlib.ExitStack() as opened:
-            opened.enter_context(WriterLock(self._folder))
+            opened.enter_context(WriterLock(self.folder))
             self._check_identity()
             self._read()
             try:
@@ -113,7 +113,8 @@ class AnswerFile:
             os.fsync(self._file.fileno())
 
     @property
-    def _folder(self) -> Path:
+    def folder(self) -> Path:
+        """What belongs to the file but is no answer."""
         return self.path.with_name(f".{self.path.name}.run")
 
     def _check_identity(self) -> None:
@@ -121,7 +122,7 @@ class AnswerFile:
 
         Raises DataError where it was begun with something else.
         """
-        options = self._folder / "options.json"
+        options = self.folder / "options.json"
         if not self.path.exists() or not self.path.stat().st_size:
             with whole_file(options) as new:
                 new.write_text(json.dumps(self.identity, indent=1), encoding="utf-8")
@@ -180,6 +181,14 @@ class AnswerFile:
         tally.repeated += repeated
         if looped:
             tally.loops += 1
+
+    def total(self) -> Tally:
+        """Return the counts over all temperatures."""
+        total = Tally()
+        for tally in self.by_temperature.values():
+            for name, value in vars(tally).items():
+                setattr(total, name, getattr(total, name) + value)
+        return total
 
     def add(self, answer: DistilledAnswer) -> None:
         """Write one finished prompt."""

@@ -1,12 +1,13 @@
-"""Answers from the base model itself: many dialogues at once on one context.
+"""Texts from the base model itself: many dialogues at once on one context.
 
-Knows neither files nor options.
+Knows neither files nor options, nor what is said.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol, TypeVar
 
 from model.decoding.draft_policy import FixedPolicy
 from model.decoding.loops import LoopWatch
@@ -14,33 +15,49 @@ from model.decoding.sampling import SamplingParams
 from model.decoding.scheduler import Scheduler
 from model.decoding.sequence import Sequence, Vocabulary
 from model.decoding.step import Base
-from model.training.data.prompts import Prompt
-from model.training.distillation.dialogue import Dialogue
+
+
+class Asking(Protocol):
+    """A dialogue, as far as the base model takes part in it."""
+
+    ids: list[int]
+
+    def ask(self, max_length: int) -> bool:
+        """Add to `ids` what comes before the model's next text; False where nothing does."""
+        ...
+
+    def answer(self, tokens: list[int], finish_reason: str) -> None:
+        """Take what the model said; finish_reason: "stop", "length" or "loop"."""
+        ...
+
+
+D = TypeVar("D", bound=Asking)
 
 
 def answer_with_base(
     base: Base,
-    dialogues: Iterable[Dialogue],
+    dialogues: Iterable[D],
     vocabulary: Vocabulary,
-    sampling: Callable[[Prompt, int], SamplingParams],
+    sampling: Callable[[D], SamplingParams],
     *,
     parallel: int,
     max_length: int,
     max_new_tokens: int,
+    stop: tuple[str, ...] = (),
     cut_loops: bool = True,
     on_tokens: Callable[[int], None] = lambda _: None,
-) -> Iterator[Dialogue]:
+) -> Iterator[D]:
     """Yield the dialogues as they end, answered or with a problem, `parallel` at a time.
 
-    base: on an empty cache, with `parallel` sequence ids of max_length tokens. sampling(prompt,
-    turn): how an answer is sampled. on_tokens(n): n tokens were generated. An answer's draws depend
-    on its own seed alone. But kernels round its logits differently in other company, so at a
-    near-tie it may read differently there.
+    base: on an empty cache, with `parallel` sequence ids of max_length tokens. sampling(dialogue):
+    how its next answer is sampled. stop: texts that end an answer. on_tokens(n): n tokens were
+    generated. An answer's draws depend on its own seed alone. But kernels round its logits
+    differently in other company, so at a near-tie it may read differently there.
     """
     scheduler = Scheduler(base, FixedPolicy(), max_running=parallel, n_cells=parallel * max_length)
     new = iter(dialogues)
-    again = deque[Dialogue]()  # conversations that go on come before new ones
-    running: dict[Sequence, tuple[Dialogue, LoopWatch | None]] = {}
+    again = deque[D]()  # conversations that go on come before new ones
+    running: dict[Sequence, tuple[D, LoopWatch | None]] = {}
     while True:
         # Keep every slot busy.
         while len(running) < parallel:
@@ -54,9 +71,10 @@ def answer_with_base(
             sequence = Sequence(
                 dialogue.ids,
                 vocabulary,
-                sampling(dialogue.prompt, len(dialogue.spans)),
+                sampling(dialogue),
                 context=max_length,
                 max_tokens=max_new_tokens,
+                stop=stop,
                 loop_watch=watch,
             )
             scheduler.add(sequence)

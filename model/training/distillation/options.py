@@ -22,8 +22,10 @@ from model.errors import UsageError
 from model.training.data.prompts import Prompt
 from model.training.distillation.dialogue import LEAST_ROOM, prompt_seed
 from model.training.distillation.endpoint import Endpoint
+from model.training.distillation.question_writer import QuestionStyle
 
 LONGEST = 1024  # tokens of prompt and answers, where nothing is said
+OWN_QUESTIONS = 1000  # where a chat model asks itself and nothing is said
 FREE_TO_CHANGE = {
     "base_model_path",
     "prompts",
@@ -75,7 +77,8 @@ OPTIONS = (
     ),
     _option(
         "prompts", "",
-        "Hugging Face data set, .txt, .jsonl, .json, .parquet or folder; none: the demo's text.",
+        "Hugging Face data set, .txt, .jsonl, .json, .parquet or folder; none: a chat model asks "
+        "itself, others go on with the demo's text.",
     ),
     _option("dataset_split", "train", "Split of a Hugging Face data set, such as train[:10%]."),
     click.option(
@@ -89,7 +92,15 @@ OPTIONS = (
     ),
     _option("top_p", 1.0, "Sample from the likeliest tokens that make up this share.", float),
     _option("seed", 0, "Seed of sampling, and of where pieces of texts are cut.", _ANY),
-    _option("max_prompts", 0, "Answer only so many prompts; 0: all.", _ANY),
+    _option(
+        "max_prompts", 0, "Answer only so many prompts; 0: all, or 1,000 of the model's own.", _ANY
+    ),
+    _option("language", "English", "Language of the questions that a chat model asks itself."),
+    _option(
+        "question_temperature", "0.7,1.0", "Temperatures that such questions use in turn.",
+        callback=_numbers,
+    ),
+    _option("question_tokens", 192, "Longer ones are dropped.", _SOME),
     _option(
         "max_length", 0,
         "Most tokens of prompt and answers; 0: 1,024, or the model's context if shorter.", _ANY,
@@ -109,7 +120,9 @@ OPTIONS = (
         click.Choice(["cut", "keep"]),
     ),
     _option(
-        "parallel", 32, "Prompts that the GGUF answers at once.", click.IntRange(1, MAX_SEQUENCES)
+        "parallel", 0,
+        "Prompts that the GGUF answers at once; 0: as many as are fastest here, measured once.",
+        click.IntRange(0, MAX_SEQUENCES),
     ),
     _option(
         "url", "",
@@ -135,6 +148,9 @@ class DistillOptions:
     top_p: float
     seed: int
     max_prompts: int
+    language: str
+    question_temperature: tuple[float, ...]
+    question_tokens: int
     max_length: int
     prompt_tokens: tuple[int, int]
     chat_template: str
@@ -152,9 +168,18 @@ class DistillOptions:
         seed = prompt_seed(self.seed, prompt.id, turn)
         return SamplingParams(temperature=temperature, top_p=self.top_p, seed=seed)
 
+    def question_style(self) -> QuestionStyle:
+        """Return how a chat model is to ask itself."""
+        return QuestionStyle(
+            language=self.language,
+            temperatures=self.question_temperature,
+            longest=self.question_tokens,
+            seed=self.seed,
+        )
+
     def check(self) -> None:
         """Raise UsageError for temperatures and shares that cannot be sampled with."""
-        for temperature in self.temperature:
+        for temperature in (*self.temperature, *self.question_temperature):
             SamplingParams(temperature=temperature, top_p=self.top_p)
 
     def endpoint(self) -> Endpoint | None:

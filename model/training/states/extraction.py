@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
+from model.base.state_reader import StateReader, reads_states
 from model.training.data.samples import Sample
 
 Rows = npt.NDArray[np.float32]
@@ -59,14 +60,20 @@ def open_base(
     *,
     flash_attn: bool | None = None,
     kv_type: str = "f16",
-    embeddings: bool = True,
 ) -> LlamaBase:
-    """Return the context that states are extracted in; without embeddings, for comparison only."""
+    """Return the context that states are extracted in: without the LM head wherever that works."""
     n_ctx = max_length + N_BATCH  # a full batch beside a sample that began in an earlier one
-    return LlamaBase(
-        model, n_ctx=n_ctx, n_threads=n_threads, n_seq_max=N_SEQ, n_batch=N_BATCH,
-        embeddings=embeddings, flash_attn=flash_attn, kv_type=kv_type,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_threads": n_threads,
+        "n_seq_max": N_SEQ,
+        "n_batch": N_BATCH,
+        "flash_attn": flash_attn,
+        "kv_type": kv_type,
+    }
+    if reads_states(model, n_threads):
+        return StateReader(model, **options)
+    return LlamaBase(model, embeddings=True, **options)
 
 
 @dataclass(frozen=True)
