@@ -25,9 +25,10 @@ import click  # noqa: E402
 import numpy as np  # noqa: E402
 
 from config import Settings  # noqa: E402
+from model.base.known_models import BUNDLED  # noqa: E402
 from model.base.llama import LlamaBase  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
-from model.evaluation.scaled_model import BUNDLED, build  # noqa: E402
+from model.evaluation.scaled_model import build  # noqa: E402
 
 CONTEXT = 256  # tokens of each running sequence, and of the prompt before the chunk
 

@@ -21,8 +21,8 @@ if __name__ == "__main__":
 
 import click
 
+from model.base.known_models import BUNDLED
 from model.evaluation.scaled_model import (
-    BUNDLED,
     OUT,
     OUTPUT_TYPES,
     SHAPES,

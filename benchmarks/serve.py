@@ -33,10 +33,11 @@ from benchmarks.server_process import server  # noqa: E402
 from benchmarks.stream_client import Answer, ask, load  # noqa: E402
 from commands.common import load_model, open_decoder  # noqa: E402
 from config import Settings  # noqa: E402
+from model.base.known_models import BUNDLED  # noqa: E402
 from model.decoding.request import Request  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
 from model.evaluation.report import facts, write_json  # noqa: E402
-from model.evaluation.scaled_model import BUNDLED, build  # noqa: E402
+from model.evaluation.scaled_model import build  # noqa: E402
 from model.evaluation.speed import TimedSequence  # noqa: E402
 from model.loaded_model import LoadedModel  # noqa: E402
 from model.planning.prompt_files import PYTHON, read_prompt_file  # noqa: E402

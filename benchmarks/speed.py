@@ -36,9 +36,10 @@ from benchmarks.speed_cases import best_tree, cases, describe_fixed, requests_fo
 from benchmarks.speed_table import COLUMNS, TYPES, cells, with_all_keys, write  # noqa: E402
 from config import Settings  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
+from model.base.known_models import BUNDLED  # noqa: E402
 from model.decoding.request import Request  # noqa: E402
 from model.evaluation.report import facts  # noqa: E402
-from model.evaluation.scaled_model import BUNDLED, build, grow_heads  # noqa: E402
+from model.evaluation.scaled_model import build, grow_heads  # noqa: E402
 from model.evaluation.speed import compare  # noqa: E402
 from model.loaded_model import LoadedModel, LoadOptions  # noqa: E402
 from model.planning.auto_tuning import Tuning, measure  # noqa: E402

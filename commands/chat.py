@@ -13,8 +13,14 @@ from typing import Any
 
 import click
 
-from commands.common import open_engine, with_drafting, with_sampling
-from model.base.chat import CHOICES, Message
+from commands.common import (
+    open_engine,
+    say_if_none,
+    template_option,
+    with_drafting,
+    with_sampling,
+)
+from model.base.chat import Message
 from model.decoding.sampling import SamplingParams
 from model.decoding.sequence import Output
 from model.engine import Completion, Engine, Stream
@@ -83,12 +89,7 @@ def profile(completion: Completion) -> str:
 @with_drafting
 @with_sampling
 @click.option("--system", default="", help="System message.")
-@click.option(
-    "--chat_template",
-    default="auto",
-    type=click.Choice(CHOICES),
-    help="auto: the GGUF's own; none, or a GGUF without one: the text is continued as it is.",
-)
+@template_option
 @click.option(
     "--profile", "profiled", is_flag=True, help="After each answer, show its time, stage by stage."
 )
@@ -112,6 +113,7 @@ def chat(
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     with open_engine(chat_template, **drafting) as engine:
         engine.prepare()  # measure before the first line is asked for
+        say_if_none(engine.loaded, engine.template, chat_template)
 
         # The conversation.
         conversation = Conversation(engine, sampling, max_tokens, system)

@@ -6,19 +6,23 @@ Knows no command.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from config import Settings
+from model.base.chat import CHOICES, ChatTemplate, chosen_template
 from model.decoding.decoder import Decoder
 from model.decoding.drafters.sources import SOURCE_ALIASES, SOURCES, parse_sources
+from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
 from model.engine import Engine
 from model.loaded_model import LoadedModel, LoadOptions
 from model.planning.choice import DraftOptions, choose, trial_requests
-from model.planning.prompt_files import PYTHON
+from model.planning.prompt_files import PYTHON, TASKS, Task, in_turn, read_tasks
 
 
 def set_logging(settings: Settings) -> None:
@@ -66,6 +70,47 @@ def draft_options(
         fixed=policy == "fixed",
         draft_vocab=draft_vocab,
     )
+
+
+def read_template(loaded: LoadedModel, choice: str) -> ChatTemplate | None:
+    """Return the chat template that was chosen; say so where the model has none."""
+    template = chosen_template(loaded.file.metadata, choice)
+    say_if_none(loaded, template, choice)
+    return template
+
+
+def say_if_none(loaded: LoadedModel, template: ChatTemplate | None, choice: str) -> None:
+    """Tell the user where prompts are texts to go on with although nobody asked for that."""
+    if template is not None or choice != "auto":
+        return
+    other = f"--chat_template {'|'.join(CHOICES[1:])}|FILE"
+    click.echo(
+        f"{loaded.file.name} has no chat template: it goes on with the text ({other})", err=True
+    )
+
+
+def read_prompts(path: Path | None, template: ChatTemplate | None, n: int) -> list[Task]:
+    """Return n prompts of a file, of each kind in turn; without a file, those that fit the model.
+
+    Raises DataError.
+    """
+    if path is None:
+        path = PYTHON if template is None else TASKS
+    return in_turn(read_tasks(path))[:n]
+
+
+def make_requests(
+    loaded: LoadedModel,
+    tasks: Sequence[Task],
+    template: ChatTemplate | None,
+    max_tokens: int,
+    sampling: SamplingParams,
+) -> list[Request]:
+    """Return a request for each task, each with a seed of its own."""
+    return [
+        loaded.request(task.text, max_tokens, replace(sampling, seed=i), template=template)
+        for i, task in enumerate(tasks)
+    ]
 
 
 def say_measuring() -> None:
@@ -138,9 +183,16 @@ drafting_options = [
 prompts_option = click.option(
     "--prompts",
     type=click.Path(path_type=Path),
-    default=PYTHON,
-    help="File of prompts, .jsonl or .txt.",
-    show_default="held-out Python code",
+    help="File of prompts: a line each (.txt), or objects (.jsonl, .json) as the project's own, "
+    "MT-bench's, Spec-Bench's or ShareGPT's.  [default: tasks of six kinds; Python code for a "
+    "model without a chat template]",
+)
+template_option = click.option(
+    "--chat_template",
+    default="auto",
+    metavar="[" + "|".join(CHOICES) + "|FILE]",
+    help="auto: the GGUF's own. none, or a GGUF without one: prompts are texts to go on with. FILE "
+    "holds a Jinja template.",
 )
 
 

@@ -1,143 +1,158 @@
-"""The command demo: train heads for the bundled model, then compare drafted and plain decoding."""
+"""The command demo: train heads for the bundled model, then ask a chat model, drafted and plain."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import click
 
-from commands.common import load_model, open_decoder
+from commands.common import load_model, make_requests, open_decoder
 from config import Settings
+from model.base.chat import chosen_template
+from model.base.known_models import BUNDLED
 from model.decoding.sampling import SamplingParams
-from model.errors import MedusaError
-from model.evaluation.report import table
+from model.evaluation.speed_report import rows_of, table
 from model.heads.known_heads import HEADS_FOLDER
 from model.loaded_model import LoadedModel
-from model.planning.prompt_files import PYTHON, read_prompt_file
+from model.planning.auto_tuning import tuned
+from model.planning.choice import trial_requests
+from model.planning.prompt_files import PYTHON, TASKS, Task, in_turn, read_tasks
+from model.trees.slices import finish
 
 DEMO_TOKENS_PER_MINUTE = 70_000  # states once and three epochs, on two cores
+KINDS = ("chat", "code", "summary", "rewriting")
+WIDTH = 96  # characters of a line of a question or an answer
+NEXT = """\
+What to type next:
+  .venv/bin/python main.py                 a page to chat on, and OpenAI's API
+  .venv/bin/python main.py chat            the same in the terminal; accepted draft tokens are green
+  .venv/bin/python main.py generate "Why is the sky blue?" --stream
+  .venv/bin/python main.py bench           all six kinds of tasks, and a picture
+For a GGUF of your own:
+  .venv/bin/python model/train_medusa.py --base_model_path YOURS.gguf --dataset_name CHATS.jsonl
+  MODEL_PATH=YOURS.gguf .venv/bin/python main.py"""
 
 
 @click.command()
-@click.option("--minutes", default=5.0, type=click.FloatRange(0.1), help="About how long to train.")
+@click.option("--minutes", default=4.0, type=click.FloatRange(0.1), help="About how long to train.")
 @click.option(
-    "--max_tokens", default=160, type=click.IntRange(1), help="Most new tokens per prompt."
+    "--max_tokens", default=128, type=click.IntRange(1), help="Most new tokens per prompt."
 )
 @click.option(
     "--n_prompts",
     default=12,
     type=click.IntRange(1),
-    help="How many held-out prompts are continued.",
+    help="How many held-out prompts each model is given.",
 )
-@click.option("--keep", is_flag=True, help="Keep the model of part 3 (0.7 GB, below build/).")
-def demo(minutes: float, max_tokens: int, n_prompts: int, keep: bool) -> None:
-    """Train heads for the bundled model from scratch and measure their speedup."""
+def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
+    """Train heads for the bundled model from scratch, then compare plain and drafted decoding."""
+    settings = Settings.load()
+
+    # 1. Training.
+    click.echo(
+        f"1. Training four heads for {BUNDLED.name}, about {minutes:g} min on two idle cores"
+    )
+    output = HEADS_FOLDER / "demo"
+    heads = trained(minutes, output)
+
+    # 2. The bundled model, which goes on with Python.
+    click.echo(f"\n2. Plain and drafted decoding, in turn: {BUNDLED.name} goes on with Python")
+    tiny = load_model(settings.model_copy(update={"model_path": BUNDLED}), heads)
+    compared(tiny, in_turn(read_tasks(PYTHON))[:n_prompts], max_tokens)
+    click.echo(f"curves of the training: {os.path.relpath(output / 'training.png')}")
+    tiny.close()
+
+    # 3. A chat model, which does what people ask of one.
+    if settings.model_path == BUNDLED:
+        click.echo(
+            "\n3. Skipped: no chat model is installed; `make setup` fetches one, SmolLM2 (98 MB)"
+        )
+    else:
+        loaded = load_model(settings)
+        click.echo(f"\n3. The same with a chat model: {loaded.file.name} does four kinds of tasks")
+        tasks = [task for task in read_tasks(TASKS) if task.kind in KINDS]
+        result = compared(loaded, in_turn(tasks)[:n_prompts], max_tokens)
+        click.echo("\n" + what_pays(loaded, result))
+        loaded.close()
+    click.echo(f"\n{NEXT}")
+
+
+def trained(minutes: float, output: Path) -> Path:
+    """Train heads for the bundled model; return the folder of the best ones."""
     from model.train_medusa import train
     from model.training.options import TrainOptions
 
-    settings = Settings.load()
-    output = HEADS_FOLDER / "demo"
-
-    # 1. Training.
-    how_long = f"{minutes:g} min on two idle cores"
-    click.echo(f"1. Training four heads for {settings.model_path.name}, about {how_long}")
-    result = train(
-        TrainOptions(
-            base_model_path=str(settings.model_path),
-            k_heads=4,
-            max_tokens=int(minutes * DEMO_TOKENS_PER_MINUTE),
-            max_length=512,
-            batch_size=8,
-            epochs=3,
-            learning_rate=2e-3,
-            output_dir=str(output),
-        ),
-        overwrite=True,
+    options = TrainOptions(
+        base_model_path=str(BUNDLED),
+        k_heads=4,
+        max_tokens=int(minutes * DEMO_TOKENS_PER_MINUTE),
+        max_length=512,
+        learning_rate=2e-3,
+        output_dir=str(output),
     )
+    result = train(options, overwrite=True)
     if result.interrupted:
         click.echo("stopped; `make demo` starts anew")
         sys.exit(130)
-
-    # 2. The comparison.
-    click.echo(f"\n2. Plain and drafted decoding, in turn, on {n_prompts} held-out prompts")
-    loaded = load_model(settings, result.best)
-    texts = read_prompt_file(PYTHON)[:n_prompts]
-    results = in_turn(loaded, texts, max_tokens)
-    click.echo("\n" + table(results))
-    show_first_output(texts[0], *results[0]["text_pairs"][0])
-    click.echo(
-        "\nA model this small fits into the processor's cache, where verifying 4 tokens costs\n"
-        "twice as much as one: little can be gained. Large models wait for memory, so that\n"
-        "4 tokens cost little more than one: they gain more."
-    )
-    loaded.close()
-
-    # 3. The same at the cost of a large model.
-    at_real_cost(settings, result.best, texts[: n_prompts // 2 or 1], max_tokens, keep)
-    click.echo(
-        f"\nCurves: {os.path.relpath(output / 'training.png')}\n"
-        "For a GGUF of your own:\n"
-        "  .venv/bin/python model/train_medusa.py \\\n"
-        "    --base_model_path YOURS.gguf --dataset_name YOUR_CHATS.jsonl\n"
-        '  MODEL_PATH=YOURS.gguf .venv/bin/python main.py generate "Once upon a time" --stream'
-    )
+    return result.best
 
 
-def show_first_output(prompt: str, plain: str, drafted: str) -> None:
-    """Print the last line of a prompt and its drafted output."""
-    same = "the same plain and drafted"
-    if plain != drafted:
-        same = "drafted; plain decoding's differs after a near-tie"
-    click.echo(f"\nThe first output, {same}:\n")
-    click.echo("   " + prompt.rstrip().replace("\n", "\n   ").splitlines()[-1])
-    click.echo("   " + drafted.rstrip().replace("\n", "\n   "))
-
-
-def in_turn(
-    loaded: LoadedModel, texts: list[str], max_tokens: int, runs: int = 3
-) -> list[dict[str, Any]]:
-    """Continue all prompts plain and drafted, at two temperatures; return the figures of each."""
+def compared(loaded: LoadedModel, tasks: Sequence[Task], max_tokens: int) -> dict[str, Any]:
+    """Generate plain and drafted, in turn; show the first output of each kind, and the table."""
     from model.evaluation.speed import compare
 
-    results = []
-    for temperature in (0.0, 0.8):
-        sampling = SamplingParams(temperature=temperature)
-        requests = [
-            loaded.request(text, max_tokens, replace(sampling, seed=i))
-            for i, text in enumerate(texts)
-        ]
-        with open_decoder(loaded, sampling, draft="both") as decoder:
-            [result] = compare(loaded, requests, decoder, runs=runs)
-        results.append({"temperature": temperature, **result})
-    return results
+    template = chosen_template(loaded.file.metadata, "auto")
+    requests = make_requests(loaded, tasks, template, max_tokens, SamplingParams())
+    kinds = [task.kind for task in tasks]
+    with open_decoder(loaded, SamplingParams()) as decoder:
+        [result] = compare(loaded, requests, decoder, runs=2, kinds=kinds)
+    for kind in dict.fromkeys(kinds):
+        first = kinds.index(kind)
+        _, drafted = result["text_pairs"][first]
+        show(tasks[first], drafted, chat=template is not None)
+    click.echo("\n" + table(rows_of(result)))
+    return result
 
 
-def at_real_cost(
-    settings: Settings, heads: Path, texts: list[str], max_tokens: int, keep: bool
-) -> None:
-    """Compare on a model with the same output at the cost of 1 B parameters, then remove it."""
-    from model.evaluation.scaled_model import OUT, build
+def show(task: Task, answer: str, *, chat: bool) -> None:
+    """Print the beginning of a chat's question and answer, or a text's last lines and more."""
+    lines = [line.rstrip()[:WIDTH] for line in answer.splitlines() if line.strip()]
+    if chat:
+        asked = f"{task.kind}: {shorten(task.text, WIDTH, placeholder=' ...')}"
+    else:
+        asked = task.text.rstrip().splitlines()[-1]
+    click.echo("\n  " + click.style(asked, bold=True))
+    for line in lines[:3]:
+        click.echo(f"  {line}")
 
-    click.echo(
-        f"\n3. The same on {len(texts)} prompts at the cost of 1 B parameters, some minutes:\n"
-        "   the bundled model, padded with weights that do not change its output"
+
+def what_pays(loaded: LoadedModel, result: dict[str, Any]) -> str:
+    """Say what drafts bring on this machine, and what they would where steps cost something else.
+
+    result: of `compare`, at temperature 0.
+    """
+    # Remembered: the comparison has measured it.
+    trial = trial_requests(loaded, SamplingParams())
+    tuning = finish(tuned(loaded, trial, heads=loaded.heads_path is not None))
+    curve = tuning.curve
+    four = curve.ratio(4, curve.contexts[0])
+    by_kind = rows_of(result)
+    best = max(by_kind, key=lambda kind: by_kind[kind]["acceptance_length"])
+    longest = by_kind[best]["acceptance_length"]
+    drafters = "heads and n-grams draft"
+    if loaded.heads_path is None:
+        drafters = "n-grams alone draft, as this model has no heads yet"
+    return (
+        f"Here {drafters}. On this machine a step that verifies 4 tokens takes {four:.1f} times\n"
+        "as long as a step of one, so a draft is made only where it is likely to be right, and\n"
+        f"nothing is drafted where that does not pay: {result['speedup']:.2f}x overall. Where "
+        "steps wait for memory\n"
+        "(GPUs, many cores, larger models) 4 tokens cost little more than one. There the speedup\n"
+        f"comes near the tokens per step: the same drafts bring {result['acceptance_length']:.2f} "
+        f"overall and {longest:.2f} for {best}."
     )
-    try:
-        scaled = build("1b", "Q4_0", base=settings.model_path, heads=heads, out=OUT / "demo")
-    except MedusaError as error:  # such as too little disk room; parts 1 and 2 were shown
-        click.echo(f"   skipped: {error}")
-        return
-    try:
-        loaded = load_model(settings.model_copy(update={"model_path": scaled.model}), scaled.heads)
-        click.echo("\n" + table(in_turn(loaded, texts, max_tokens, runs=1)))
-        loaded.close()
-    finally:
-        if not keep:
-            scaled.model.unlink()
-            assert scaled.heads is not None
-            shutil.rmtree(scaled.heads)

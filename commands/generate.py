@@ -1,4 +1,4 @@
-"""The command generate: continue one prompt.
+"""The command generate: answer one prompt, or continue it.
 
 Knows options and messages; the engine (model/engine.py) does the rest.
 """
@@ -9,13 +9,21 @@ from typing import Any
 
 import click
 
-from commands.common import open_engine, with_drafting, with_sampling
+from commands.common import (
+    open_engine,
+    say_if_none,
+    template_option,
+    with_drafting,
+    with_sampling,
+)
+from model.base.chat import user_turn
 from model.decoding.sampling import SamplingParams
 from model.engine import Completion
 
 
 @click.command()
 @click.argument("prompt")
+@template_option
 @with_drafting
 @with_sampling
 @click.option(
@@ -24,6 +32,7 @@ from model.engine import Completion
 @click.option("--stream", is_flag=True, help="Print the text as it is generated.")
 def generate(
     prompt: str,
+    chat_template: str,
     max_tokens: int,
     temperature: float,
     top_p: float,
@@ -33,10 +42,19 @@ def generate(
     stream: bool,
     **drafting: Any,
 ) -> None:
-    """Continue PROMPT, and say on standard error how fast it was."""
+    """Answer PROMPT, and say on standard error how fast it was.
+
+    For a model with a chat template PROMPT is what a user says; for others, and with
+    --chat_template none, it is a text to continue.
+    """
     sampling = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    with open_engine(**drafting) as engine:
-        outputs = engine.stream(prompt, sampling, max_tokens=max_tokens, stop=stop)
+    with open_engine(chat_template, **drafting) as engine:
+        if engine.template is None:
+            outputs = engine.stream(prompt, sampling, max_tokens=max_tokens, stop=stop)
+        else:
+            said = [user_turn(prompt)]
+            outputs = engine.chat(said, sampling, max_tokens=max_tokens, stop=stop)
+        say_if_none(engine.loaded, engine.template, chat_template)
         try:
             for output in outputs:
                 if stream:

@@ -7,13 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import click
 
-from commands.common import load_model, prompts_option
+from commands.common import (
+    load_model,
+    make_requests,
+    prompts_option,
+    read_prompts,
+    read_template,
+    template_option,
+)
 from config import Settings
 from model.decoding.decoder import Decoder
 from model.decoding.request import Request
@@ -22,15 +28,16 @@ from model.evaluation.report import check_writable
 from model.loaded_model import LoadedModel
 from model.planning.auto_tuning import Tuning, adaptive_decoder, tuned
 from model.planning.choice import trial_requests
-from model.planning.prompt_files import read_prompt_file
 from model.trees.slices import finish
 from model.trees.tree import Tree
 
 BUDGET_S = 3.0  # for each of steps, drafting and acceptance
+N_TRIALS = 18  # prompts that acceptance is measured on: three of each kind
 
 
 @click.command()
 @prompts_option
+@template_option
 @click.option("--temperature", default=0.0, help="Sampling temperature; 0: greedy.")
 @click.option("--draft_vocab", type=click.IntRange(0), help="As for generate and bench.")
 @click.option(
@@ -40,7 +47,10 @@ BUDGET_S = 3.0  # for each of steps, drafting and acceptance
     help="Most new tokens per prompt, when the best tree is tried.",
 )
 @click.option(
-    "--n_prompts", default=6, type=click.IntRange(1), help="Use only the first so many prompts."
+    "--n_prompts",
+    default=6,
+    type=click.IntRange(1),
+    help="Use only so many prompts, of each kind in turn.",
 )
 @click.option(
     "--png", default="tune.png", type=click.Path(path_type=Path), help="Draw the figures here."
@@ -55,7 +65,8 @@ BUDGET_S = 3.0  # for each of steps, drafting and acceptance
     help="With --types: time whole copies (in TMPDIR), not copies of some layers.",
 )
 def tune(
-    prompts: Path,
+    prompts: Path | None,
+    chat_template: str,
     temperature: float,
     draft_vocab: int | None,
     max_tokens: int,
@@ -71,6 +82,8 @@ def tune(
     check_writable(png)
     names = parse_types(types) if types is not None else []
     loaded = load_model(Settings.load())
+    template = read_template(loaded, chat_template)
+    tasks = read_prompts(prompts, template, n_prompts)
     sampling = SamplingParams(temperature=temperature)
 
     # Measure, and search the best tree.
@@ -82,10 +95,7 @@ def tune(
     click.echo(table(tuning, choices, best))
 
     # Try it: predictions are one thing, prompts another.
-    requests = [
-        loaded.request(text, max_tokens, replace(sampling, seed=i))
-        for i, text in enumerate(read_prompt_file(prompts)[:n_prompts])
-    ]
+    requests = make_requests(loaded, tasks, template, max_tokens, sampling)
     for name, result in tried(loaded, tuning, best.tree, requests, draft_vocab).items():
         click.echo(
             f"measured on {len(requests)} prompts, {name}: {result['speedup']:.2f}x, "
@@ -107,7 +117,7 @@ def measured(loaded: LoadedModel, sampling: SamplingParams, draft_vocab: int | N
         click.echo(f"no heads for {loaded.file.name}: only n-grams can draft", err=True)
     slices = tuned(
         loaded,
-        trial_requests(loaded, sampling),
+        trial_requests(loaded, sampling, N_TRIALS),
         heads=heads,
         draft_vocab=draft_vocab,
         afresh=True,

@@ -12,14 +12,20 @@ from typing import Any
 
 import click
 
-from commands.common import load_model, prompts_option
+from commands.common import (
+    load_model,
+    make_requests,
+    prompts_option,
+    read_prompts,
+    read_template,
+    template_option,
+)
 from config import Settings
 from model.decoding.sampling import SamplingParams
 from model.errors import UsageError
 from model.evaluation.proofs import Case
 from model.evaluation.report import check_writable, facts, write_json
 from model.loaded_model import LoadedModel
-from model.planning.prompt_files import read_prompt_file
 from model.trees.tree import Tree
 
 TEMPERATURES = (0.0, 0.8)
@@ -28,8 +34,12 @@ N_CONTROLLED = 3  # prompts for the negative controls
 
 @click.command()
 @prompts_option
+@template_option
 @click.option(
-    "--n_prompts", default=8, type=click.IntRange(1), help="Use only the first so many prompts."
+    "--n_prompts",
+    default=8,
+    type=click.IntRange(1),
+    help="Use only so many prompts, of each kind in turn.",
 )
 @click.option(
     "--max_tokens", default=96, type=click.IntRange(16), help="Most new tokens per prompt."
@@ -40,7 +50,13 @@ N_CONTROLLED = 3  # prompts for the negative controls
     type=click.Path(path_type=Path),
     help="Write all figures to this file.",
 )
-def verify(prompts: Path, n_prompts: int, max_tokens: int, json_path: Path | None) -> None:
+def verify(
+    prompts: Path | None,
+    chat_template: str,
+    n_prompts: int,
+    max_tokens: int,
+    json_path: Path | None,
+) -> None:
     """Prove that drafting does not change the output, and that the proof detects planted faults.
 
     Exits with status 1 where a proof fails or a fault goes undetected.
@@ -50,23 +66,23 @@ def verify(prompts: Path, n_prompts: int, max_tokens: int, json_path: Path | Non
 
     check_writable(json_path)
     loaded = load_model(Settings.load())
-    texts = read_prompt_file(prompts)[:n_prompts]
+    template = read_template(loaded, chat_template)
+    tasks = read_prompts(prompts, template, n_prompts)
     bushy = bushy_tree(loaded)
     trees = [Tree.chain(min(3, loaded.n_heads)), bushy]
 
     # The proofs: each tree and drafter, at each temperature.
     cases: list[dict[str, Any]] = []
     for temperature in TEMPERATURES:
-        requests = [
-            loaded.request(text, max_tokens, SamplingParams(temperature=temperature, seed=i))
-            for i, text in enumerate(texts)
-        ]
+        sampling = SamplingParams(temperature=temperature)
+        requests = make_requests(loaded, tasks, template, max_tokens, sampling)
         for case in prove(loaded, requests, trees):
             click.echo(f"{mark(case.holds)} temperature {temperature}, {describe_case(case)}")
             cases.append({"temperature": temperature, **asdict(case), "holds": case.holds})
 
     # The controls: each planted fault has to be detected.
-    greedy = [loaded.request(text, max_tokens, SamplingParams()) for text in texts[:N_CONTROLLED]]
+    controlled = tasks[:N_CONTROLLED]
+    greedy = make_requests(loaded, controlled, template, max_tokens, SamplingParams())
     controls = negative_controls(loaded, greedy, bushy)
     for name, answers in controls.items():
         click.echo(f"{mark(any(answers))} control, {describe_control(name, answers)}")

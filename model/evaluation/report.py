@@ -1,4 +1,4 @@
-"""Reports: figures in, tables and result files out. Measures nothing."""
+"""Reports: figures in, result files out. Measures nothing."""
 
 from __future__ import annotations
 
@@ -15,8 +15,6 @@ from model.decoding.statistics import STAGES
 from model.errors import OutputError
 from model.loaded_model import LoadedModel
 from model.storage.whole_file import require_ordinary, whole_file
-
-UNSTEADY = 1.3  # times as fast in one run as in another: then the table says so
 
 
 def check_writable(path: Path | None) -> None:
@@ -95,30 +93,3 @@ def chrome_trace(timeline: list[tuple[float, ...]]) -> dict[str, Any]:
             events.append({**event, "args": {"step": number}})
             at += seconds
     return {"traceEvents": events, "displayTimeUnit": "ms"}
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Return the figures of several comparisons as text."""
-    lines = [
-        "temperature  plain tok/s  drafted tok/s  speedup  acceptance length  "
-        "nodes/step  same output  repeated 8-grams"
-    ]
-    for r in results:
-        lines.append(
-            f"{r['temperature']:11.1f}  {r['plain']['tokens_per_s']:11.1f}  "
-            f"{r['drafted']['tokens_per_s']:13.1f}  {r['speedup']:6.2f}x  "
-            f"{r['acceptance_length']:17.2f}  {r['tree_nodes'] - 1:10.1f}  "
-            f"{r['equal_sequences']:6d}/{r['sequences']:<4d}  {r['repeated_8grams']:16.0%}"
-        )
-    runs = [r["speedup_by_run"] for r in results]
-    if any(max(ratios) > UNSTEADY * min(ratios) for ratios in runs):
-        spans = ", ".join(f"{min(ratios):.2f} to {max(ratios):.2f}" for ratios in runs)
-        lines.append(
-            f"The runs differ (speedups of {spans}): was the machine busy with other work?"
-        )
-    if any(r["equal_sequences"] < r["sequences"] for r in results):
-        lines.append(
-            "Outputs that are not the same differ from a near-tie on, where the shape of a batch "
-            "decides (`main.py verify`)."
-        )
-    return "\n".join(lines)

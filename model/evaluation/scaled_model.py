@@ -18,6 +18,7 @@ import numpy as np
 from model.base.cores import usable_cores
 from model.base.gguf_file import GGUFFile, requantize
 from model.base.growth import BLOCK, RECIPE, check_room, grow, recipe
+from model.base.known_models import BUNDLED
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.base.llama_shape import Shape, shape_of
@@ -27,7 +28,6 @@ from model.heads.known_heads import HEADS_FOLDER, find_heads
 from model.heads.medusa import HeadsConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-BUNDLED = ROOT / "models" / "tiny-python.Q4_0.gguf"
 OUT = ROOT / "build" / "scaled"
 SHAPES = {
     # TinyLlama's. It has 4 KV heads, too few for the bundled model's 5: 8 are the next that divide

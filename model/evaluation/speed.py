@@ -9,21 +9,19 @@ them.
 from __future__ import annotations
 
 import collections.abc as abc
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from math import ceil
-from statistics import median
 from time import perf_counter
 from typing import Any, Protocol
 
 import numpy as np
 
 from model.decoding.decoder import Decoder
-from model.decoding.drafters.drafter import HEADS, NGRAM
-from model.decoding.loops import count_repeats
+from model.decoding.drafters.drafter import HEADS
 from model.decoding.request import Request
 from model.decoding.sampling import Sampler
 from model.decoding.sequence import Sequence
-from model.decoding.statistics import DraftStatistics
+from model.evaluation.figures import Measured, old_names, speed_figures
 from model.loaded_model import LoadedModel
 
 # Of plain decoding, before the next decoder's turn; a tiny model generates all in one piece.
@@ -91,126 +89,72 @@ class Divergence:
 
 
 def compare(
-    loaded: LoadedModel, requests: abc.Sequence[Request], *decoders: Decoder, runs: int = 3
+    loaded: LoadedModel,
+    requests: abc.Sequence[Request],
+    *decoders: Decoder,
+    runs: int = 3,
+    kinds: abc.Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Generate all requests `runs` times, by plain decoding and each decoder in turn.
 
-    Returns each decoder's figures; rates are medians over runs.
+    kinds: of task, one for each request. Returns each decoder's figures, and by kind those of each
+    kind; rates are medians over runs.
     """
     with loaded.fixed_decoder() as plain:
         for decoder in decoders:
             turn_tokens(decoder, requests[0])  # warm
         piece = turn_tokens(plain, requests[0])
         measured = _in_turn((plain, *decoders), requests, runs, piece)
-        return [_figures(loaded, requests, measured[0], drafted) for drafted in measured[1:]]
-
-
-@dataclass
-class _Measured:
-    """One decoder: seconds of each run, sequences of the last one, statistics of all."""
-
-    decoder: Decoder
-    seconds: list[float] = field(default_factory=list)
-    sequences: list[Sequence] = field(default_factory=list)
-    statistics: DraftStatistics = field(default_factory=DraftStatistics)
-
-    @property
-    def rates(self) -> list[float]:
-        """Tokens per second of each run."""
-        tokens = sum(sequence.n_new for sequence in self.sequences)
-        return [tokens / seconds for seconds in self.seconds]
+        return [_figures(loaded, requests, kinds, measured[0], drafted) for drafted in measured[1:]]
 
 
 def _in_turn(
     decoders: abc.Sequence[Decoder], requests: abc.Sequence[Request], runs: int, piece: int
-) -> list[_Measured]:
-    measured = [_Measured(decoder) for decoder in decoders]
+) -> list[Measured]:
+    measured = [Measured(decoder, len(requests)) for decoder in decoders]
     for run in range(runs):
         for one in measured:
-            one.seconds.append(0.0)
-            one.sequences.clear()
+            one.begin_run()
         for i, request in enumerate(requests):
             first = (i + run) % len(decoders)  # another decoder goes first each time
             order = [*measured[first:], *measured[:first]]
             timed = [TimedSequence(one.decoder, request) for one in order]
             take_turns(timed, piece)
             for one, each in zip(order, timed, strict=True):
-                one.seconds[-1] += each.seconds
-                one.sequences.append(each.sequence)
-                one.statistics.add(each.sequence.statistics)
+                one.add(i, each.sequence, each.seconds)
     return measured
 
 
 def _figures(
-    loaded: LoadedModel, requests: abc.Sequence[Request], plain: _Measured, drafted: _Measured
+    loaded: LoadedModel,
+    requests: abc.Sequence[Request],
+    kinds: abc.Sequence[str],
+    plain: Measured,
+    drafted: Measured,
 ) -> dict[str, Any]:
     """Return all figures of one decoder beside plain decoding's."""
-    # Speed.
-    speedups = [d / p for p, d in zip(plain.rates, drafted.rates, strict=True)]
-    figures: dict[str, Any] = {
-        "plain": {"tokens_per_s": median(plain.rates)},
-        "drafted": {"tokens_per_s": median(drafted.rates)},
-        "speedup": median(speedups),
-        "speedup_by_run": speedups,
-    }
-
-    # Drafts.
-    figures |= _draft_figures(drafted.statistics)
-
     # The outputs: how many are equal, and where the others begin to differ.
-    pairs = [
-        (p.new_tokens, d.new_tokens)
-        for p, d in zip(plain.sequences, drafted.sequences, strict=True)
-    ]
-    plain_tokens = [tokens for tokens, _ in pairs]
     divergences = find_divergences(plain.decoder, plain.sequences, drafted.sequences, requests)
+    differing = {divergence.prompt for divergence in divergences}
+    plain_tokens = [sequence.new_tokens for sequence in plain.sequences]
     detokenize = loaded.base_model.detokenize
-    figures |= {
-        "equal_sequences": len(pairs) - len(divergences),
-        "sequences": len(pairs),
+
+    # Speed and drafts, of all requests and of each kind.
+    every = range(len(requests))
+    figures = speed_figures(plain, drafted, every, differing)
+    return {
+        **figures,
+        **old_names(figures),
+        "by_kind": {
+            kind: speed_figures(plain, drafted, [i for i in every if kinds[i] == kind], differing)
+            for kind in dict.fromkeys(kinds)
+        },
         "divergences": [asdict(divergence) for divergence in divergences],
         "outside_draft_vocab": _outside_draft_vocab(drafted.decoder, plain_tokens),
-        "repeated_8grams": repeated_ngrams(plain_tokens),
-        "text_pairs": [(detokenize(p), detokenize(d)) for p, d in pairs],
-    }
-    return figures | _old_names(figures, drafted.statistics)
-
-
-def _draft_figures(statistics: DraftStatistics) -> dict[str, Any]:
-    """Return what was drafted and accepted, and microseconds of a step by stage."""
-    steps = max(statistics.steps, 1)
-    return {
-        "acceptance_length": statistics.acceptance_length,
-        "acceptance_rate_per_depth": [
-            accepted / drafted
-            for accepted, drafted in zip(statistics.accepted, statistics.drafted, strict=True)
+        "text_pairs": [
+            (detokenize(p.new_tokens), detokenize(d.new_tokens))
+            for p, d in zip(plain.sequences, drafted.sequences, strict=True)
         ],
-        "by_source": {
-            source: {"drafted": nodes, "accepted": statistics.accepted_by_source[source]}
-            for source, nodes in statistics.drafted_by_source.items()
-        },
-        "steps_by_nodes": dict(sorted(statistics.steps_by_nodes.items())),
-        "steps_by_depth": dict(sorted(statistics.steps_by_depth.items())),
-        "tree_nodes": 1 + statistics.nodes_per_step,
-        "stages_us": {
-            stage: 1e6 * seconds / steps for stage, seconds in statistics.seconds_by_stage.items()
-        },
-    }
-
-
-def _old_names(figures: dict[str, Any], statistics: DraftStatistics) -> dict[str, Any]:
-    """Return figures under the names that they had before, which scripts may read."""
-    stages_us = figures["stages_us"]
-    ngram_nodes = statistics.drafted_by_source[NGRAM]
-    return {
-        "medusa": figures["drafted"],
-        "head_steps": figures["steps_by_depth"],
-        "branch_accepted": statistics.accepted_by_source[NGRAM] / max(ngram_nodes, 1),
-        "branch_share": ngram_nodes / max(sum(statistics.drafted), 1),
-        "draft_us": stages_us["draft"],
-        "decode_us": stages_us["decode"],
-        "verify_us": stages_us["verify"],
-        "other_us": stages_us["tree"] + stages_us["cache"] + stages_us["policy"],
     }
 
 
@@ -259,9 +203,3 @@ def _margin(plain: Decoder, request: Request, shared: list[int], token: int) -> 
     for each in shared:
         sampler.take(each)
     return sampler.margin(again.logits[-1], token, len(shared))
-
-
-def repeated_ngrams(outputs: abc.Sequence[abc.Sequence[int]]) -> float:
-    """Return the share of 8-grams that came before in the same sequence: how much it loops."""
-    repeated, total = count_repeats(outputs)
-    return repeated / total if total else 0.0

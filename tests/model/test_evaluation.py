@@ -13,13 +13,13 @@ from model.decoding.drafters.drafter import HEADS
 from model.decoding.request import Request
 from model.decoding.sampling import Sampler, SamplingParams
 from model.errors import HeadsError, UsageError
+from model.evaluation.figures import repeated_ngrams
 from model.evaluation.negative_controls import negative_controls
 from model.evaluation.proofs import BOTH, prove
 from model.evaluation.replay import noise_floor, replay, replay_base
 from model.evaluation.speed import (
     TimedSequence,
     compare,
-    repeated_ngrams,
     take_turns,
     turn_tokens,
 )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from click.testing import CliRunner, Result
 from commands.common import draft_options
 from config import ROOT
 from main import cli
-from model.evaluation.report import table
+from model.evaluation.speed_report import draw, rows_of, table
 from model.planning.choice import DraftOptions
 from model.storage import facts
 
@@ -130,15 +132,22 @@ def test_stop_and_draft_vocab() -> None:
     assert cut == whole.split("\n")[0] + "\n"
 
 
+def _values(counts: Any) -> Iterator[int]:
+    """Return the counts of a list, or of an object whose keys are numbers."""
+    return iter(counts.values() if isinstance(counts, dict) else counts)
+
+
 def test_bench_writes_every_figure(tmp_path: Path) -> None:
-    (tmp_path / "p.txt").write_text("import os\n\ndef main():\nclass Stack:\n")
+    rows = [("imports", "import os\n"), ("code", "def main():\n"), ("imports", "import re\n")]
+    lines = [json.dumps({"kind": kind, "prompt": prompt}) for kind, prompt in rows]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
     out = tmp_path / "out.json"
     done = call(
         "bench",
         "--n_prompts",
-        "2",
+        "3",
         "--prompts",
-        str(tmp_path / "p.txt"),
+        str(tmp_path / "p.jsonl"),
         "--max_tokens",
         "16",
         "--runs",
@@ -147,6 +156,8 @@ def test_bench_writes_every_figure(tmp_path: Path) -> None:
         "2",
         "--json",
         str(out),
+        "--png",
+        str(tmp_path / "bench.png"),
         "--profile",
         "--trace",
         str(tmp_path / "trace.json"),
@@ -185,7 +196,17 @@ def test_bench_writes_every_figure(tmp_path: Path) -> None:
         "threads",
         "versions",
     }
-    assert wanted <= result.keys() and result["sequences"] == 2
+    assert wanted <= result.keys() and result["sequences"] == 3
+    kinds = result["by_kind"]
+    assert [(kind, row["sequences"]) for kind, row in kinds.items()] == [
+        ("imports", 2),
+        ("code", 1),
+    ]
+    for name in ("drafted_per_depth", "steps_by_depth"):
+        counts = [sum(_values(row[name])) for row in kinds.values()]
+        assert sum(counts) == sum(_values(result[name])) > 0, name
+    assert "imports" in done.stdout and "overall" in done.stdout
+    assert (tmp_path / "bench.png").read_bytes().startswith(b"\x89PNG")
     assert result["speedup"] == pytest.approx(
         result["drafted"]["tokens_per_s"] / result["plain"]["tokens_per_s"], rel=0.01
     )
@@ -293,9 +314,8 @@ def test_a_model_that_is_not_ours(
     assert verified.exit_code == 0, verified.output
 
 
-def test_what_a_table_of_figures_is_not_silent_about() -> None:
-    steady: dict[str, Any] = {
-        "temperature": 0.0,
+def figures(**other: Any) -> dict[str, Any]:
+    return {
         "plain": {"tokens_per_s": 10.0},
         "drafted": {"tokens_per_s": 15.0},
         "speedup": 1.5,
@@ -305,7 +325,66 @@ def test_what_a_table_of_figures_is_not_silent_about() -> None:
         "equal_sequences": 2,
         "sequences": 2,
         "repeated_8grams": 0.1,
+        "by_source": {"ngram": {"drafted": 40, "accepted": 10}},
+        "acceptance_rate_per_depth": [0.4, 0.1],
+        "drafted_per_depth": [20, 20],
+    } | other
+
+
+def test_what_a_table_of_figures_is_not_silent_about() -> None:
+    header, row, note = table({"chat": figures()}).splitlines()
+    columns = dict(zip(re.split("  +", header), row.split(), strict=True))
+    assert columns["kind"] == "chat" and columns["speedup"] == "1.50x"
+    assert (columns["ngram"], columns["depth 1"], columns["depth 2"]) == ("25%", "40%", "10%")
+    assert note == "ngram, depth: share of the drafted tokens that was accepted"
+    unsteady = table({"chat": figures(), "code": figures(speedup_by_run=[0.5, 2.0])})
+    assert "speedups of code 0.50 to 2.00" in unsteady
+    assert "near-tie" in table({"a": figures(), "b": figures(equal_sequences=1)})
+
+
+def test_a_table_where_nothing_was_drafted(tmp_path: Path) -> None:
+    nothing: dict[str, Any] = {
+        "by_source": {},
+        "acceptance_rate_per_depth": [],
+        "drafted_per_depth": [],
     }
-    assert len(table([steady]).splitlines()) == 2
-    assert "speedups of 0.50 to 2.00" in table([{**steady, "speedup_by_run": [0.5, 2.0]}])
-    assert "near-tie" in table([steady, {**steady, "equal_sequences": 1}])
+    rows = {"chat": figures(**nothing), "code": figures()}
+    lines = table(rows).splitlines()
+    assert (
+        lines[1].split()[7:10] == ["-", "-", "-"]
+        and len(table({"a": rows["chat"]}).split("\n")) == 2
+    )
+    for name, some in (("some", rows), ("none", {"chat": rows["chat"]})):
+        draw(tmp_path / f"{name}.png", some, "title")
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_one_kind_of_task_is_one_row() -> None:
+    result = figures(by_kind={"": figures()})
+    assert list(rows_of(result)) == ["overall"]
+    assert list(rows_of({**result, "by_kind": {"a": {}, "b": {}}})) == ["a", "b", "overall"]
+
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_a_prompt_is_a_users_turn_where_there_is_a_template(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(CHATML)
+    words = ("--max_tokens", "8", "--draft", "none")
+    raw = call("generate", "import os", *words)
+    assert "no chat template" in raw.stderr
+    by_file = call("generate", "import os", *words, "--chat_template", str(tmp_path / "chat.jinja"))
+    assert by_file.exit_code == 0 and "no chat template" not in by_file.stderr, by_file.output
+    spelled = call("generate", "<user>import os\n<assistant>", *words, "--chat_template", "none")
+    assert by_file.stdout == spelled.stdout != raw.stdout
+
+
+def test_a_template_that_fails_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "bad.jinja").write_text("fine\n{{ 1 / 0 }}")
+    for command in (["generate", "x"], ["bench", "--runs", "1"]):
+        done = call(*command, "--chat_template", str(tmp_path / "bad.jinja"))
+        assert done.exit_code == 2 and "in line 2: division by zero" in done.stderr
+        assert done.stderr.count("\n") == 1

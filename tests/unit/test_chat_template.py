@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from model.base.chat import chosen_template, user_turn
 from model.errors import DataError, UsageError
 
-METADATA = {
+METADATA: dict[str, Any] = {
     "tokenizer.ggml.tokens": ["<s>", "</s>"],
     "tokenizer.ggml.bos_token_id": 0,
     "tokenizer.ggml.eos_token_id": 1,
@@ -17,8 +18,8 @@ METADATA = {
 }
 
 
-def rendered(choice: str) -> str:
-    template = chosen_template(METADATA, choice)
+def rendered(choice: str, metadata: dict[str, Any] = METADATA) -> str:
+    template = chosen_template(metadata, choice)
     assert template is not None
     return template.render([user_turn("hi")], prompt=True)
 
@@ -48,15 +49,10 @@ def test_a_template_that_fails_names_the_line(source: str, said: str, tmp_path: 
     with pytest.raises(DataError) as error:
         rendered(str(file))
     assert str(error.value).startswith(f"chat template {file} ") and said in str(error.value)
-
-    def render_the_models_own() -> None:
-        template = chosen_template({**METADATA, "tokenizer.chat_template": source}, "auto")
-        assert template is not None
-        template.render([user_turn("hi")], prompt=True)
-
-    with pytest.raises(DataError) as error:
-        render_the_models_own()
-    assert str(error.value).startswith("the model's chat template ") and said in str(error.value)
+    own = {**METADATA, "tokenizer.chat_template": source}
+    with pytest.raises(DataError, match=r"^the model's chat template ") as error:
+        rendered("auto", own)
+    assert said in str(error.value)
 
 
 def test_a_choice_that_is_no_file(tmp_path: Path) -> None:

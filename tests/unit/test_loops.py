@@ -7,7 +7,7 @@ import random
 import pytest
 
 from model.decoding.loops import GRAM, LOOP, count_repeats, without_loop
-from model.evaluation.speed import repeated_ngrams
+from model.evaluation.figures import repeated_ngrams
 
 NEW = random.Random(0).sample(range(10_000), 400)
 
