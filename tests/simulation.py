@@ -9,7 +9,7 @@ import numpy.typing as npt
 from oracles import new_sequence
 
 from model.decoding.draft import Proposal, assemble
-from model.decoding.draft_policy import DraftPolicy
+from model.decoding.draft_policy import DraftPolicy, StepOutcome
 from model.decoding.drafters.drafter import HEADS, NGRAM, ConstantDrafter
 from model.decoding.sequence import Sequence
 from model.planning.adaptive_policy import AdaptivePolicy
@@ -179,7 +179,8 @@ class World:
             wanted = policy.wants_hidden(sequence)
             sequence.tokens += emitted
             sequence.hidden = np.zeros((1, 4), np.float32) if wanted else None
-            policy.record(sequence, proposal, guesses, emitted, n_rows, seconds)
+            outcome = StepOutcome(proposal, guesses, emitted, n_rows, seconds)
+            policy.record(sequence, outcome)
 
         users = sum(len(proposal.trees) > 0 for proposal in proposals)
         if users:

@@ -7,12 +7,27 @@ Knows trees and sequences, neither logits nor the cache. The policy that adapts 
 from __future__ import annotations
 
 import collections.abc as abc
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from model.decoding.draft import NO_DRAFT, ROOT_ONLY, Continuation, Proposal, TreeDraft
 from model.decoding.drafters.drafter import HEADS, NGRAM
 from model.decoding.sequence import Sequence
 from model.trees.tree import Tree
+
+
+class StepOutcome(NamedTuple):
+    """What a step was for one of its sequences.
+
+    proposal: what it drafted. filled: for each tree of the proposal the tokens of its nodes 1 …
+    N-1. emitted: the tokens that the step gave the sequence. n_rows, seconds: of the whole step,
+    drafting left out.
+    """
+
+    proposal: Proposal
+    filled: abc.Sequence[list[int]]
+    emitted: list[int]
+    n_rows: int
+    seconds: float
 
 
 class DraftPolicy(Protocol):
@@ -32,20 +47,8 @@ class DraftPolicy(Protocol):
         """Return what each of the sequences that share the next step drafts."""
         ...
 
-    def record(
-        self,
-        sequence: Sequence,
-        proposal: Proposal,
-        filled: abc.Sequence[list[int]],
-        emitted: list[int],
-        n_rows: int,
-        seconds: float,
-    ) -> None:
-        """Take note of a sequence's part of a step.
-
-        filled: for each tree of the proposal the tokens of its nodes 1 … N-1. emitted: the tokens
-        that the step gave the sequence. n_rows, seconds: of the whole step, drafting left out.
-        """
+    def record(self, sequence: Sequence, outcome: StepOutcome) -> None:
+        """Take note of a sequence's part of a step."""
         ...
 
 
@@ -82,13 +85,5 @@ class FixedPolicy:
         tokens, _ = ngram.propose(self.tree.max_depth + self.continuation)
         return Proposal(proposal.trees, (Continuation(NGRAM, tokens, self.continuation),))
 
-    def record(
-        self,
-        sequence: Sequence,
-        proposal: Proposal,
-        filled: abc.Sequence[list[int]],
-        emitted: list[int],
-        n_rows: int,
-        seconds: float,
-    ) -> None:
+    def record(self, sequence: Sequence, outcome: StepOutcome) -> None:
         """Learn nothing."""

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from model.base.llama import RowSeqIds
 from model.decoding.draft import Draft, Proposal, assemble
-from model.decoding.draft_policy import DraftPolicy
+from model.decoding.draft_policy import DraftPolicy, StepOutcome
 from model.decoding.drafters.drafter import TreeDrafter
 from model.decoding.sequence import Sequence
 from model.decoding.statistics import StageRecorder
@@ -89,7 +89,7 @@ def step(base: Base, sequences: abc.Sequence[Sequence], policy: DraftPolicy) -> 
     for i, sequence in enumerate(sequences):
         node, emitted = accepted[i]
         sequence.accept(emitted, logits[offsets[i] : offsets[i + 1]], drafts[i].tree, node)
-        policy.record(sequence, proposals[i], filled[i], emitted, n_rows, seconds)
+        policy.record(sequence, StepOutcome(proposals[i], filled[i], emitted, n_rows, seconds))
     recorder.ended("policy")
     for sequence in sequences:
         sequence.statistics.add_seconds(recorder, 1 / len(sequences))

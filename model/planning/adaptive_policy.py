@@ -12,7 +12,9 @@ from itertools import chain, combinations
 from weakref import WeakKeyDictionary
 
 from model.decoding.draft import NO_DRAFT, Proposal
+from model.decoding.draft_policy import StepOutcome
 from model.decoding.sequence import Sequence
+from model.planning.cool_down import CoolDown
 from model.planning.node_budget import Counts, NodeBudget, allocate
 from model.planning.sequence_state import Evidence, SequenceState
 from model.planning.sources import SourceModel
@@ -48,6 +50,8 @@ class AdaptivePolicy:
         self._left_out = _subsets(
             i for i, source in enumerate(self._sources) if source.draft_seconds is not None
         )
+        # By source: what sequences have shown lately of whether it pays.
+        self._pauses = [CoolDown() for _ in self._sources]
         self._states: WeakKeyDictionary[Sequence, SequenceState] = WeakKeyDictionary()
         self._seconds_are_new = False  # those of a step count once, not for each sequence
         self._running: dict[Sequence, SequenceState] = {}  # those of the last step
@@ -70,6 +74,8 @@ class AdaptivePolicy:
         self._running = running
         self._step_time.begin_step(len(sequences), n_context)
         self._seconds_are_new = True
+        for pause in self._pauses:
+            pause.tick()
         if self._step_time.plain_step_due:
             return [NO_DRAFT] * len(sequences)
 
@@ -80,29 +86,24 @@ class AdaptivePolicy:
         shared = self._share(states, [state.evidence for state in states], n_context)
         return [state.shared_proposal(counts) for state, counts in zip(states, shared, strict=True)]
 
-    def record(
-        self,
-        sequence: Sequence,
-        proposal: Proposal,
-        filled: abc.Sequence[list[int]],
-        emitted: list[int],
-        n_rows: int,
-        seconds: float,
-    ) -> None:
+    def record(self, sequence: Sequence, outcome: StepOutcome) -> None:
         """See DraftPolicy."""
         if self._seconds_are_new:
-            self._step_time.record(n_rows, seconds)
+            self._step_time.record(outcome.n_rows, outcome.seconds)
             self._seconds_are_new = False
-        guesses = {part.source: tokens for part, tokens in zip(proposal.trees, filled, strict=True)}
+        trees = zip(outcome.proposal.trees, outcome.filled, strict=True)
+        guesses = {part.source: tokens for part, tokens in trees}
         state = self._state(sequence)
-        state.learn(guesses, emitted)
+        state.learn(guesses, outcome.emitted)
         if state.refresh_due:
             state.refresh(sequence, self._choose)
 
     def _state(self, sequence: Sequence) -> SequenceState:
         state = self._running.get(sequence) or self._states.get(sequence)
         if state is None:
-            state = self._states[sequence] = SequenceState(self._sources, self._budget)
+            state = self._states[sequence] = SequenceState(
+                self._sources, self._budget, self._pauses
+            )
             state.refresh(sequence, self._choose)
         return state
 

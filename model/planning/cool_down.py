@@ -17,14 +17,19 @@ class CoolDown:
     """The pauses of one draft source for one sequence.
 
     Each pause is twice as long as the one before, until the source has paid. remaining: steps of
-    the pause.
+    the pause. shared: the cool-down of the source for all sequences: a new one begins where the
+    others are.
     """
 
-    __slots__ = ("next_pause", "remaining")
+    __slots__ = ("_shared", "next_pause", "remaining")
 
-    def __init__(self) -> None:
+    def __init__(self, shared: CoolDown | None = None) -> None:
+        self._shared = shared
         self.remaining = 0
         self.next_pause = FIRST_PAUSE
+        if shared is not None:
+            self.remaining = shared.remaining
+            self.next_pause = shared.next_pause
 
     @property
     def active(self) -> bool:
@@ -35,10 +40,17 @@ class CoolDown:
         """Begin a pause: the source does not pay."""
         self.remaining = self.next_pause
         self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE)
+        self._share()
 
     def reset(self) -> None:
         """Make the next pause a short one again: the source pays."""
         self.next_pause = FIRST_PAUSE
+        self._share()
+
+    def _share(self) -> None:
+        if self._shared is not None:
+            self._shared.remaining = self.remaining
+            self._shared.next_pause = self.next_pause
 
     def tick(self) -> bool:
         """Count one step; say whether a pause has ended with it."""

@@ -8,7 +8,6 @@ chooses.
 from __future__ import annotations
 
 import collections.abc as abc
-from itertools import chain
 
 from model.decoding.draft import NO_DRAFT, Continuation, Proposal, TreeDraft
 from model.decoding.sequence import Sequence
@@ -22,8 +21,8 @@ from model.planning.sources import SourceModel
 FIRST_REFRESH = 4
 REFRESH = 16  # steps: a refresh takes some 0.3 ms, a step of the smallest models 0.6
 TRIAL_STEPS = 1  # in which a source is tried again before it is judged
-# Of what was seen before a pause: it was long ago. In tests/simulation.py 0.8 takes longer to find
-# drafts that have become good, and 0.5 costs 1 % where four sequences share useless heads.
+# Of what was seen before a pause, here and elsewhere: it was long ago. In tests/simulation.py 0.4
+# finds drafts sooner that have become good, and costs 1 % where heads are worth nothing.
 RETRY_DECAY = 0.65
 
 # By source: how much speaks for a draft in this step; 0: it cannot draft.
@@ -38,10 +37,10 @@ class _Source:
     that was shared with other sequences.
     """
 
-    def __init__(self, model: SourceModel) -> None:
+    def __init__(self, model: SourceModel, shared: CoolDown) -> None:
         self.model = model
         self.history = model.history()
-        self.cool_down = CoolDown()
+        self.cool_down = CoolDown(shared)
         self.on_trial = False
         self.drafted = False
         self._expectations: dict[int, Expectation] = {}
@@ -68,11 +67,19 @@ class _Source:
 class SequenceState:
     """The policy's memory of one sequence.
 
-    models: in the order in which their tokens count, as the budget has them.
+    models: in the order in which their tokens count, as the budget has them. pauses: by source, of
+    all sequences.
     """
 
-    def __init__(self, models: abc.Sequence[SourceModel], budget: NodeBudget) -> None:
-        self.sources = [_Source(model) for model in models]
+    def __init__(
+        self,
+        models: abc.Sequence[SourceModel],
+        budget: NodeBudget,
+        pauses: abc.Sequence[CoolDown],
+    ) -> None:
+        self.sources = [
+            _Source(model, shared) for model, shared in zip(models, pauses, strict=True)
+        ]
         self.evidence: Evidence = (0,) * len(models)  # of the last look
         self.n_tokens = 0  # of the sequence, at the last look or refresh
         self.refresh_due = False
@@ -170,7 +177,7 @@ class SequenceState:
 
     def _retry(self, source: _Source) -> None:
         """Try a source again whose pause is over: at first as if nothing had been seen of it."""
-        source.history.decay(RETRY_DECAY)
+        source.history.forget(RETRY_DECAY)
         source.on_trial = True
         self._forget_choices()
         self._until_refresh = TRIAL_STEPS
@@ -185,7 +192,7 @@ class SequenceState:
         recent = list(self._recent)
         self._recent.clear()
         self._forget_choices()
-        running = [source for source in self.sources if source.runs(sequence)]
+        running = [source for source in self._of_hidden if source.runs(sequence)]
 
         # What was drafted on trial was favoured, which says nothing about its worth.
         for source in self.sources:
@@ -194,9 +201,10 @@ class SequenceState:
                 source.drafted = False
 
         # A source pays if it drafts in company, where rows may cost less, or would draft alone.
+        # Continuations don't pause: how good they are shows whether they are drafted or not.
+        trees_alone = tuple(int(source in running) for source in self.sources)
         for source in running:
-            possible = chain(recent, self._possible(running))
-            if source.drafted or self._pays(source, possible, choose):
+            if source.drafted or self._pays(source, [*recent, trees_alone], choose):
                 source.cool_down.reset()
             else:
                 source.cool_down.start()
@@ -215,17 +223,6 @@ class SequenceState:
         """Say whether the source would draft for the sequence alone, on any possible evidence."""
         at = self.sources.index(source)
         return any(evidence[at] and self.chosen(evidence, choose)[at] for evidence in possible)
-
-    def _possible(self, running: abc.Sequence[_Source]) -> abc.Iterator[Evidence]:
-        """Yield what may speak for a draft: trees alone, then each continuation with them."""
-        trees = [
-            1 if source in running and source.model.needs_hidden else 0 for source in self.sources
-        ]
-        yield tuple(trees)
-        for i, source in enumerate(self.sources):
-            if source in running and not source.model.needs_hidden:
-                for strength in range(source.model.strengths, 0, -1):
-                    yield (*trees[:i], strength, *trees[i + 1 :])
 
     def _forget_choices(self) -> None:
         self._chosen.clear()

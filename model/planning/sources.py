@@ -9,6 +9,7 @@ takes any number of each.
 from __future__ import annotations
 
 import collections.abc as abc
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -46,7 +47,7 @@ class SourceHistory(Protocol):
     def expect(self, strength: int, *, untried: bool) -> Expectation:
         """Return what is expected of a draft of this strength.
 
-        untried: as if nothing had been seen yet.
+        untried: as if nothing had been seen yet, after a pause; continuations never pause.
         """
         ...
 
@@ -63,6 +64,10 @@ class SourceHistory(Protocol):
 
     def decay(self, factor: float) -> None:
         """Let what was seen count for less."""
+        ...
+
+    def forget(self, factor: float) -> None:
+        """Let what was seen of all sequences count for less."""
         ...
 
 
@@ -128,6 +133,7 @@ class TreeSource:
         for n, tree in enumerate(self.trees):
             self.rates[n] = _rates_by_depth(tree, accuracies, self.max_depth)
         self.promised: list[list[float]] = self.rates.tolist()
+        self.by_depth = [AcceptanceRate(1.0) for _ in range(self.max_depth)]  # of all sequences
 
     def history(self) -> TreeHistory:
         """See SourceModel."""
@@ -156,7 +162,7 @@ class TreeHistory:
 
     def __init__(self, source: TreeSource) -> None:
         self._source = source
-        self.by_depth = [AcceptanceRate(1.0) for _ in range(source.max_depth)]
+        self.by_depth = [AcceptanceRate(rate) for rate in source.by_depth]
 
     def available(self, sequence: Sequence) -> bool:
         """See SourceHistory."""
@@ -198,6 +204,11 @@ class TreeHistory:
         for rate in self.by_depth:
             rate.decay(factor)
 
+    def forget(self, factor: float) -> None:
+        """See SourceHistory."""
+        for rate in self.by_depth:
+            rate.forget(factor)
+
 
 class ContinuationSource:
     """A continuation drafter: a chain of up to max_tokens nodes, in no time to speak of.
@@ -224,6 +235,11 @@ class ContinuationSource:
         self.first_acceptance = tuple(first_acceptance)
         self.later_acceptance = later_acceptance
         self.strengths = len(self.first_acceptance) - 1
+        # Of all sequences, by strength: of the first token; of others, by the bits of their place:
+        # what is right for eight tokens will be for more, while most that is right is short.
+        places = range(max(1, max_tokens).bit_length() + 1)
+        self.first = [AcceptanceRate(prior) for prior in self.first_acceptance]
+        self.later = [[AcceptanceRate(later_acceptance) for _ in places] for _ in self.first]
 
     def history(self) -> ContinuationHistory:
         """See SourceModel."""
@@ -235,8 +251,8 @@ class ContinuationHistory:
 
     def __init__(self, source: ContinuationSource) -> None:
         self._source = source
-        self.first = [AcceptanceRate(prior) for prior in source.first_acceptance]
-        self.later = [AcceptanceRate(source.later_acceptance) for _ in self.first]
+        self.first = [AcceptanceRate(rate) for rate in source.first]
+        self.later = [[AcceptanceRate(rate) for rate in places] for places in source.later]
         self._strength = 0  # of the last look
         self._tokens: list[int] = []
 
@@ -257,13 +273,13 @@ class ContinuationHistory:
 
     def expect(self, strength: int, *, untried: bool) -> Expectation:
         """See SourceHistory."""
-        first = self.first[strength].prior if untried else self.first[strength].mean
-        later = self.later[strength].prior if untried else self.later[strength].mean
+        first = self.first[strength].mean
+        later = [rate.mean for rate in self.later[strength]]
         tokens = [0.0]
         accepted = first
-        for _ in range(self._source.max_nodes):
+        for place in range(1, self._source.max_nodes + 1):
             tokens.append(tokens[-1] + accepted)
-            accepted *= later
+            accepted *= later[place.bit_length()]
         missed = [1.0] + [1.0 - first] * self._source.max_nodes
         return Expectation(np.array(tokens), np.array(missed))
 
@@ -276,14 +292,20 @@ class ContinuationHistory:
 
         Tokens that were not drafted show as well whether they would have been right.
         """
-        rates = self.first
-        for guess, token in zip(self._tokens, emitted, strict=False):
-            rates[self._strength].record(guess == token)
+        rate = self.first[self._strength]
+        later = self.later[self._strength]
+        for place, (guess, token) in enumerate(zip(self._tokens, emitted, strict=False), 1):
+            rate.record(guess == token)
             if guess != token:
                 break
-            rates = self.later
+            rate = later[min(place.bit_length(), len(later) - 1)]
 
     def decay(self, factor: float) -> None:
         """See SourceHistory."""
-        for rate in (*self.first, *self.later):
+        for rate in chain(self.first, *self.later):
             rate.decay(factor)
+
+    def forget(self, factor: float) -> None:
+        """See SourceHistory."""
+        for rate in chain(self.first, *self.later):
+            rate.forget(factor)

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from model.planning.acceptance_rate import DECAY, PRIOR_WEIGHT, AcceptanceRate
+from model.planning.acceptance_rate import (
+    DECAY,
+    MEMORY,
+    PRIOR_WEIGHT,
+    SHARED_WEIGHT,
+    AcceptanceRate,
+)
 
 
 def test_nothing_seen_is_the_prior() -> None:
@@ -56,3 +62,31 @@ def test_a_ratio_to_what_another_estimate_expects() -> None:
     for i in range(4000):
         rate.record(i % 4 == 0, 0.5)
     assert rate.mean == pytest.approx(0.5, abs=0.01), "a quarter where half was expected"
+
+
+def test_what_one_sequence_shows_is_where_the_next_one_begins() -> None:
+    shared = AcceptanceRate(0.5)
+    first = AcceptanceRate(shared)
+    other = AcceptanceRate(0.5)
+    for _ in range(10):
+        first.record(False)
+    known = 0.5 * PRIOR_WEIGHT / (10 + PRIOR_WEIGHT)
+    second = AcceptanceRate(shared)
+    assert second.mean == pytest.approx(known) and other.mean == 0.5
+    second.record(True)
+    known = (1 + 0.5 * PRIOR_WEIGHT) / (11 + PRIOR_WEIGHT)
+    assert second.mean == pytest.approx((1 + SHARED_WEIGHT * known) / (1 + SHARED_WEIGHT))
+
+
+def test_of_all_sequences_the_latest_tries_are_remembered() -> None:
+    shared = AcceptanceRate(0.5)
+    first = AcceptanceRate(shared)
+    for _ in range(1000):
+        first.record(False)
+    assert shared.tries <= MEMORY and shared.mean < 0.1
+    second = AcceptanceRate(shared)
+    for _ in range(2 * int(MEMORY)):
+        second.record(True)
+    assert shared.mean > 0.8
+    second.forget(0.0)
+    assert second.mean == shared.mean == 0.5

@@ -45,3 +45,19 @@ def test_a_source_that_has_paid_begins_with_a_short_pause() -> None:
     cool_down.reset()
     cool_down.start()
     assert steps_of_pause(cool_down) == FIRST_PAUSE
+
+
+def test_a_new_sequence_begins_where_the_others_are() -> None:
+    shared = CoolDown()
+    first = CoolDown(shared)
+    first.start()
+    for _ in range(10):
+        shared.tick()
+    second = CoolDown(shared)
+    assert steps_of_pause(second) == FIRST_PAUSE - 10
+    second.start()
+    assert shared.remaining == 2 * FIRST_PAUSE, "it goes on losing"
+    assert CoolDown().remaining == 0
+    steps_of_pause(first)
+    first.reset()
+    assert not shared.active and CoolDown(shared).next_pause == FIRST_PAUSE

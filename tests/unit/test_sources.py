@@ -10,7 +10,7 @@ from simulation import GOOD, ChanceDrafter, heads_source
 from model.decoding.draft import Continuation, TreeDraft
 from model.decoding.drafters.drafter import HEADS, NGRAM, ConstantDrafter
 from model.decoding.sequence import Sequence
-from model.planning.acceptance_rate import PRIOR_WEIGHT
+from model.planning.acceptance_rate import PRIOR_WEIGHT, SHARED_WEIGHT
 from model.planning.sources import (
     FIRST_ACCEPTANCE,
     LATER_ACCEPTANCE,
@@ -124,7 +124,8 @@ def test_an_untried_continuation_is_expected_to_bring_what_the_priors_say() -> N
 def rates(history: ContinuationHistory, strength: int) -> tuple[float, ...]:
     first = history.first[strength]
     later = history.later[strength]
-    return first.tries, first.accepted, later.tries, later.accepted
+    tries = sum(rate.tries for rate in later)
+    return first.tries, first.accepted, tries, sum(rate.accepted for rate in later)
 
 
 def test_continuations_learn_by_strength_the_first_token_apart_from_later_ones() -> None:
@@ -139,11 +140,39 @@ def test_continuations_learn_by_strength_the_first_token_apart_from_later_ones()
     assert rates(history, 4) == (3, 2, 5, 4)
     assert rates(history, 3) == (0, 0, 0, 0)
     first = 1 - history.expect(4, untried=False).missed[1]
-    assert first == pytest.approx((2 + PRIOR_WEIGHT * FIRST_ACCEPTANCE[4]) / (3 + PRIOR_WEIGHT))
-    untried = history.expect(4, untried=True)
-    assert untried.missed[1] == pytest.approx(1 - FIRST_ACCEPTANCE[4])
+    shared = (2 + PRIOR_WEIGHT * FIRST_ACCEPTANCE[4]) / (3 + PRIOR_WEIGHT)
+    assert first == pytest.approx((2 + SHARED_WEIGHT * shared) / (3 + SHARED_WEIGHT))
     history.decay(0.5)
     assert rates(history, 4) == (1.5, 1, 2.5, 2)
+
+
+def test_long_runs_say_nothing_about_short_ones() -> None:
+    history = ContinuationSource(NGRAM, 15).history()
+    before = history.expect(6, untried=False)
+    right = list(range(100, 117))
+    history.look(continuing(Fixed(right, 99)), 2)
+    for _ in range(5):
+        history.learn(None, right)
+    for _ in range(5):
+        history.learn(None, [100, 101, 9])
+    after = history.expect(6, untried=False)
+    gains_before = np.diff(before.tokens)
+    gains = np.diff(after.tokens)
+    assert gains[2] < gains_before[2], "half of them end there"
+    assert gains[14] / gains[8] > 1.5 * gains_before[14] / gains_before[8], "long ones go on"
+
+
+def test_a_new_sequence_begins_with_what_others_have_shown() -> None:
+    for source in (heads_source(), ContinuationSource(NGRAM, 3)):
+        first = source.history()
+        if isinstance(first, ContinuationHistory):
+            first.look(continuing(Fixed([4, 5, 6, 7], 8)), 1)
+        before = first.expect(4 if source.name == NGRAM else 1, untried=False)
+        for _ in range(30):
+            first.learn([7], [8, 9])
+        strength = 4 if source.name == NGRAM else 1
+        second = source.history().expect(strength, untried=False)
+        assert second.tokens[-1] < 0.3 * before.tokens[-1]
 
 
 def test_continuations_come_to_know_the_true_rate() -> None:

@@ -15,7 +15,7 @@ import pytest
 from fake_base import FakeBase
 from oracles import EXTRAS, Knowing, Oracle, new_sequence, plain, prefill
 
-from model.decoding.draft_policy import FixedPolicy
+from model.decoding.draft_policy import FixedPolicy, StepOutcome
 from model.decoding.drafters.drafter import HEADS, NGRAM, ConstantDrafter, RandomDrafter
 from model.decoding.drafters.ngram import NgramDrafter
 from model.decoding.sampling import Sampler, SamplingParams
@@ -274,8 +274,8 @@ def test_the_policy_does_not_learn_what_log_probabilities_take(
     seconds = list[float]()
 
     class Noting(FixedPolicy):
-        def record(self, *part: Any) -> None:
-            seconds.append(part[-1])
+        def record(self, sequence: Sequence, outcome: StepOutcome) -> None:
+            seconds.append(outcome.seconds)
 
     def slow(*_: Any) -> tuple[float, tuple[()]]:
         time.sleep(0.2)
