@@ -16,7 +16,6 @@ from commands.common import (
     open_decoder,
     prompts_option,
     read_prompts,
-    read_template,
     template_option,
     with_drafting,
 )
@@ -77,8 +76,7 @@ def bench(
     for path in (json_path, png, trace):
         check_writable(path)
     loaded = load_model(Settings.load())
-    template = read_template(loaded, chat_template)
-    tasks = read_prompts(prompts, template, n_prompts)
+    tasks, template = read_prompts(loaded, prompts, chat_template, n_prompts)
     sampling = SamplingParams(temperature=temperature)
     requests = make_requests(loaded, tasks, template, max_tokens, sampling)
 

@@ -72,13 +72,6 @@ def draft_options(
     )
 
 
-def read_template(loaded: LoadedModel, choice: str) -> ChatTemplate | None:
-    """Return the chat template that was chosen; say so where the model has none."""
-    template = chosen_template(loaded.file.metadata, choice)
-    say_if_none(loaded, template, choice)
-    return template
-
-
 def say_if_none(loaded: LoadedModel, template: ChatTemplate | None, choice: str) -> None:
     """Tell the user where prompts are texts to go on with although nobody asked for that."""
     if template is not None or choice != "auto":
@@ -89,14 +82,19 @@ def say_if_none(loaded: LoadedModel, template: ChatTemplate | None, choice: str)
     )
 
 
-def read_prompts(path: Path | None, template: ChatTemplate | None, n: int) -> list[Task]:
-    """Return n prompts of a file, of each kind in turn; without a file, those that fit the model.
+def read_prompts(
+    loaded: LoadedModel, path: Path | None, choice: str, n: int
+) -> tuple[list[Task], ChatTemplate | None]:
+    """Return n prompts, of each kind in turn, and the chat template that `choice` means for them.
 
-    Raises DataError.
+    path: of the prompts; None: the project's own that fit the model. Raises DataError, UsageError.
     """
+    template = chosen_template(loaded.file.metadata, choice)
     if path is None:
         path = PYTHON if template is None else TASKS
-    return in_turn(read_tasks(path))[:n]
+    tasks = in_turn(read_tasks(path))[:n]
+    say_if_none(loaded, template, choice)
+    return tasks, template
 
 
 def make_requests(

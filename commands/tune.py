@@ -17,7 +17,6 @@ from commands.common import (
     make_requests,
     prompts_option,
     read_prompts,
-    read_template,
     template_option,
 )
 from config import Settings
@@ -82,8 +81,7 @@ def tune(
     check_writable(png)
     names = parse_types(types) if types is not None else []
     loaded = load_model(Settings.load())
-    template = read_template(loaded, chat_template)
-    tasks = read_prompts(prompts, template, n_prompts)
+    tasks, template = read_prompts(loaded, prompts, chat_template, n_prompts)
     sampling = SamplingParams(temperature=temperature)
 
     # Measure, and search the best tree.

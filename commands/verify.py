@@ -17,7 +17,6 @@ from commands.common import (
     make_requests,
     prompts_option,
     read_prompts,
-    read_template,
     template_option,
 )
 from config import Settings
@@ -66,10 +65,14 @@ def verify(
 
     check_writable(json_path)
     loaded = load_model(Settings.load())
-    template = read_template(loaded, chat_template)
-    tasks = read_prompts(prompts, template, n_prompts)
+    tasks, template = read_prompts(loaded, prompts, chat_template, n_prompts)
     bushy = bushy_tree(loaded)
-    trees = [Tree.chain(min(3, loaded.n_heads)), bushy]
+    trees = [Tree.chain(min(3, max_depth(loaded))), bushy]
+
+    if loaded.heads_path is None:
+        click.echo(
+            f"no heads for {loaded.file.name}: other drafters are put to the proof", err=True
+        )
 
     # The proofs: each tree and drafter, at each temperature.
     cases: list[dict[str, Any]] = []
@@ -123,10 +126,16 @@ def describe_control(name: str, answers: list[str]) -> str:
     return f"{name}: {detected} ({'; '.join(how) or 'not at all'})"
 
 
+def max_depth(loaded: LoadedModel) -> int:
+    """Return how deep a tree may be; without heads other drafters draft it, as deep as any."""
+    limit = loaded.options.max_nodes - 1
+    return loaded.n_heads if loaded.heads_path is not None else limit
+
+
 def bushy_tree(loaded: LoadedModel) -> Tree:
     """Return a tree with siblings at every depth, as large as heads and limit allow."""
     for widths in ([3, 2, 2], [2, 2, 2], [2, 2], [2]):
         tree = Tree.product(widths)
-        if tree.max_depth <= loaded.n_heads and len(tree) <= loaded.options.max_nodes:
+        if tree.max_depth <= max_depth(loaded) and len(tree) <= loaded.options.max_nodes:
             return tree
     raise UsageError("verify needs a tree of 3 nodes or more; raise MEDUSA_MAX_TOKENS_PER_STEP")

@@ -27,6 +27,7 @@ from model.trees.tree import Tree
 Float32Array = npt.NDArray[np.float32]
 CONTINUATION = 3  # tokens of n-grams
 BOTH = "heads and n-grams"
+WITHOUT_HEADS = "random drafts and n-grams"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +70,7 @@ def prove(
         )
         for tree in trees:
             for name, drafter in drafters(loaded, tree).items():
-                continuation = CONTINUATION if name == BOTH else 0
+                continuation = CONTINUATION if name in (BOTH, WITHOUT_HEADS) else 0
                 policy = FixedPolicy(tree, continuation)
                 drafters_of = new_drafters(drafter, ngram=continuation > 0)
                 with loaded.decoder(policy, drafters_of) as decoder:
@@ -114,13 +115,15 @@ class _Evidence:
 def drafters(loaded: LoadedModel, tree: Tree) -> dict[str, TreeDrafter | None]:
     """Return what drafts a tree in the proofs, by name.
 
-    The heads, with n-grams too where the tree has siblings; always right (None: the output is
-    known); at random; always wrong.
+    The heads if there are any, with n-grams too where the tree has siblings; always right (None:
+    the output is known); at random; always wrong.
     """
-    heads = loaded.heads_drafter(tree)
-    cases: dict[str, TreeDrafter | None] = {"heads": heads}
+    cases: dict[str, TreeDrafter | None] = {}
+    beside_ngrams: TreeDrafter = RandomDrafter(loaded.file.n_vocab)
+    if loaded.heads_path is not None:
+        beside_ngrams = cases["heads"] = loaded.heads_drafter(tree)
     if len(tree.leaves) > 1:
-        cases[BOTH] = heads
+        cases[BOTH if "heads" in cases else WITHOUT_HEADS] = beside_ngrams
     cases["right drafts"] = None
     cases["random drafts"] = RandomDrafter(loaded.file.n_vocab)
     cases["wrong drafts"] = ConstantDrafter(max(loaded.base_model.bos, 0))

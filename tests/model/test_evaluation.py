@@ -15,7 +15,7 @@ from model.decoding.sampling import Sampler, SamplingParams
 from model.errors import HeadsError, UsageError
 from model.evaluation.figures import repeated_ngrams
 from model.evaluation.negative_controls import negative_controls
-from model.evaluation.proofs import BOTH, prove
+from model.evaluation.proofs import BOTH, WITHOUT_HEADS, prove
 from model.evaluation.replay import noise_floor, replay, replay_base
 from model.evaluation.speed import (
     TimedSequence,
@@ -60,6 +60,32 @@ def test_the_proofs_hold(loaded: LoadedModel, temperature: float) -> None:
     assert heads.acceptance_length > (1.1 if temperature else 1.3)
     assert right.acceptance_length > 3
     assert wrong.acceptance_length == pytest.approx(1.0)
+
+
+def test_without_heads_other_drafters_are_put_to_the_proof(foreign_gguf: Path) -> None:
+    other = LoadedModel(foreign_gguf, LoadOptions(n_threads=1, context_size=256))
+    trees = [Tree.chain(3), Tree.product([2, 2])]
+    cases = prove(other, requests(other, max_tokens=16), trees)
+    kinds = ["right drafts", "random drafts", "wrong drafts"]
+    assert [case.name.split(",")[0] for case in cases] == [*kinds, WITHOUT_HEADS, *kinds]
+    assert all(case.holds for case in cases), cases
+    assert cases[0].acceptance_length > 2.5 > 1.5 > cases[2].acceptance_length
+    noticed = negative_controls(other, requests(other, max_tokens=16), trees[1])
+    assert all(any(answers) for answers in noticed.values()), noticed
+    other.close()
+
+
+def test_figures_by_kind_add_up(loaded: LoadedModel) -> None:
+    kinds = ["imports", "classes"]
+    with loaded.fixed_decoder(Tree.chain(2)) as drafting:
+        [result] = compare(loaded, requests(loaded), drafting, runs=2, kinds=kinds)
+    by_kind = result["by_kind"]
+    assert list(by_kind) == kinds and all(row["sequences"] == 1 for row in by_kind.values())
+    for depth, drafted in enumerate(result["drafted_per_depth"]):
+        assert drafted == sum(row["drafted_per_depth"][depth] for row in by_kind.values()) > 0
+    rates = [row["plain"]["tokens_per_s"] for row in by_kind.values()]
+    assert min(rates) <= result["plain"]["tokens_per_s"] <= max(rates)
+    assert sum(row["equal_sequences"] for row in by_kind.values()) == result["equal_sequences"]
 
 
 def test_every_planted_fault_is_noticed(loaded: LoadedModel) -> None:
