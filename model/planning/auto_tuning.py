@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from model.decoding.decoder import Decoder
+from model.decoding.draft_policy import DraftPolicy, FixedPolicy
 from model.decoding.drafters.drafter import HEADS, NGRAM, Drafters
 from model.decoding.request import Request
 from model.loaded_model import LoadedModel, new_drafters
@@ -196,10 +197,11 @@ def adaptive_policy(
     ngram: bool,
     draft_vocab: int | None = None,
     max_leaves: int = MAX_LEAVES,
-) -> tuple[AdaptivePolicy, Drafters]:
+) -> tuple[DraftPolicy, Drafters]:
     """Make the policy that drafts what is fastest now, and the drafters of its sources.
 
-    max_leaves: of the draft tree of one sequence.
+    Where no source may ever pay, that is plain decoding. max_leaves: of the draft tree of one
+    sequence.
     """
     # N-grams.
     max_nodes = loaded.options.max_nodes
@@ -211,6 +213,8 @@ def adaptive_policy(
 
     # The heads.
     paths = _paths_to_grow(tuning, max_nodes, max_leaves)
+    if not (paths or sources):
+        return FixedPolicy(), Drafters()
     if not paths:
         policy = AdaptivePolicy(tuning.curve, sources, max_nodes=max_nodes)
         return policy, new_drafters(None, ngram=ngram)

@@ -19,6 +19,7 @@ from model.heads.files import base_facts, new_heads, save_heads
 from model.heads.hydra import HydraHeads
 from model.loaded_model import LoadedModel, LoadOptions
 from model.planning import auto_tuning
+from model.planning.adaptive_policy import AdaptivePolicy
 from model.planning.auto_tuning import (
     KIND,
     Tuning,
@@ -194,6 +195,7 @@ def test_the_policy_is_charged_what_each_type_of_heads_takes(either: LoadedModel
     known = Tuning(CHEAP, [0.01, 0.02, 0.03, 0.04], [[0.6], [0.5]] * 2, 99)
     policy, drafters = adaptive_policy(either, known, ngram=False)
     assert set(drafters.trees) == {HEADS} and not drafters.continuations
+    assert isinstance(policy, AdaptivePolicy)
     [heads] = policy._sources
     assert heads.name == HEADS and heads.draft_seconds is not None
     charged = heads.draft_seconds[1:].tolist()  # by the nodes of the tree
