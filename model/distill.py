@@ -72,6 +72,12 @@ def distill(options: DistillOptions, seconds: float = float("inf")) -> Tally:
     chosen = chosen_template(file.metadata, options.chat_template)
     template = chosen or ChatTemplate(None)
     max_length = options.length(file.context_length)
+    chat = chosen is not None
+    # The prompts, before anything is written: users' turns, given or (None) the model's own; of
+    # texts pieces to continue.
+    given = None
+    if not chat or options.prompts or endpoint:
+        given = wanted_prompts(options, chat=chat)
     kind = "answers chats" if chosen else "continues texts"
     click.echo(f"model   {file.name} ({file.file_type}): {kind}")
 
@@ -87,7 +93,7 @@ def distill(options: DistillOptions, seconds: float = float("inf")) -> Tally:
         )  # fmt: skip
 
         with contextlib.suppress(_TimeOverError):
-            fill(options, answers, source, endpoint, deadline, chat=chosen is not None)
+            fill(options, answers, source, endpoint, deadline, given)
         return answers.total()
 
 
@@ -97,21 +103,19 @@ def fill(
     source: LocalSource,
     endpoint: Endpoint | None,
     deadline: float,
-    *,
-    chat: bool,
+    given: list[Prompt] | None,
 ) -> None:
     """Write the missing answers into the file, and say what there is now.
 
-    Raises _TimeOverError at the deadline, by monotonic().
+    given: the prompts; None: the model's own. Raises _TimeOverError at the deadline, by
+    monotonic().
     """
-    # The prompts: users' turns, given or the model's own; of texts pieces to continue.
     on_tokens = time_limit(deadline)
     questions = None
-    if chat and not options.prompts and not endpoint:
+    prompts = given
+    if prompts is None:
         questions = QuestionFile(answers.folder / "questions.jsonl")
         prompts = source.ask_itself(questions, on_tokens)
-    else:
-        prompts = wanted_prompts(options, chat=chat)
     todo = [prompt for prompt in prompts if prompt.id not in answers.done]
     named = "its own questions" if questions else options.prompts or "standard library"
     click.echo(f"prompts {named}: {len(prompts):,}, {len(todo):,} to be answered")

@@ -32,7 +32,7 @@ class RunProgress:
     step: int = 0  # of the optimiser, in all
     epoch: int = 0  # finished ones
     step_in_epoch: int = 0
-    seconds: float = 0.0  # of all steps; counted where a run has a time instead of epochs
+    seconds: float = 0.0  # up to the last step; counted where a run has a time instead of epochs
     best: float = 0.0  # acceptance length of the tuned tree
     best_epoch: int = 0
     tree_nodes: int = 0  # of the tuned tree, its root included; 0: not chosen yet

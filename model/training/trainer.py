@@ -92,6 +92,7 @@ class Trainer:
         self._ranks = ranks
         self._until = until
         self._validation_s = 0.0  # seconds of a validation, as last seen
+        self._counted_to = 0.0  # the time up to which progress.seconds counts
 
     def fit(self) -> TrainResult:
         """Train until all epochs are done or someone asks to stop; save `latest` in either case.
@@ -100,6 +101,7 @@ class Trainer:
         OutputError: no room.
         """
         start = time.monotonic()
+        self._counted_to = start
         record = None
         if self._ranks.first:
             self.folder.require_room(self.options.epochs - self.progress.epoch)
@@ -197,8 +199,10 @@ class Trainer:
                     break
                 began = time.monotonic()
                 rate, loss = self._step(group)
-                if self._until is not None:
-                    at.seconds += time.monotonic() - began
+                if self._until is not None:  # validations count: they take their share of the time
+                    now = time.monotonic()
+                    at.seconds += now - self._counted_to
+                    self._counted_to = now
                 at.step += 1
                 at.step_in_epoch += 1
                 bar.update()

@@ -167,9 +167,10 @@ def test_circles_are_cut_unless_they_are_wanted(bundled_gguf: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_goes_on_to_the_same_answers(
-    foreign_gguf: Path, tmp_path: Path, end: signal.Signals
+    foreign_gguf: Path, tmp_path: Path, end: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As a user does it: script, kill or Ctrl-C, the same command again, from other directories."""
+    monkeypatch.setenv("FLASH_ATTENTION", "off")  # measured in each cache folder otherwise
     prompts, whole, out = tmp_path / "p.json", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     prompts.write_text(json.dumps([{"prompt": f"x{i} = "} for i in range(60)]))
     more = ("--parallel", "2", "--max_new_tokens", "40")

@@ -73,5 +73,5 @@ def test_without_a_template_a_conversation_is_one_text() -> None:
 
 
 def test_what_a_template_refuses_is_an_error() -> None:
-    with pytest.raises(DataError, match="refuses a conversation: roles must alternate"):
+    with pytest.raises(DataError, match="refuses a conversation in line 1: roles must alternate"):
         encode_prompt(Bytes(), TALK, ChatTemplate("{{ raise_exception('roles must alternate') }}"))
