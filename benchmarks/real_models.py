@@ -202,7 +202,8 @@ def main(
     click.echo(HEADER)
     results = [measure_model(path, temperatures, texts, max_tokens, before) for path in models]
     out = ROOT / "benchmarks" / "results"
-    command = f"python benchmarks/real_models.py … --temperature {temperature} --before {before}"
+    names = [Path(part).name if part.endswith(".gguf") else part for part in sys.argv[1:]]
+    command = " ".join(["python benchmarks/real_models.py", *names])
     write_json(out / "real_models.json", {"command": command, "files": results})
     lines = [
         markdown_row(each["file"], line)
