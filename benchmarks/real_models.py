@@ -146,7 +146,10 @@ def measure_model(
         sources = ["none", "ngram"]
         if "heads" in str(props.get("draft", "")):
             sources += ["heads", "both"]
-        ways = [Way(f"this: {draft}", ours.address, {"draft": draft}) for draft in sources]
+        ways = [
+            Way(f"this: {draft}", ours.address, {"draft": draft, "cache_prompt": False})
+            for draft in sources
+        ]
         for speculation in SPECULATION:
             address = running.enter_context(
                 peer(model, speculation, threads=threads, context=CONTEXT)
