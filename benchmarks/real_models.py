@@ -35,6 +35,7 @@ import requests  # noqa: E402
 from benchmarks.peer_server import SPECULATION, peer  # noqa: E402
 from benchmarks.server_process import Server, server  # noqa: E402
 from benchmarks.stream_client import Answer, ask  # noqa: E402
+from model.base.chat import user_turn  # noqa: E402
 from model.base.cores import usable_cores  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.evaluation.report import write_json  # noqa: E402
@@ -52,20 +53,20 @@ class Way(NamedTuple):
     fields: dict[str, Any]
 
 
-def peak_memory_mib(pid: int) -> float:
+def memory_mib(pid: int) -> float:
     """Return the resident memory of a process and its children, together."""
     children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
     total = 0.0
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
         if line.startswith("Pss:"):
             total = float(line.split()[1]) / 1024
-    return total + sum(peak_memory_mib(int(child)) for child in children)
+    return total + sum(memory_mib(int(child)) for child in children)
 
 
 async def answer(way: Way, prompt: str, chat: bool, **fields: Any) -> Answer:
     """Have a prompt answered."""
     if chat:
-        messages = [{"role": "user", "content": prompt}]
+        messages = [user_turn(prompt)]
         path = "/v1/chat/completions"
         return await ask(way.address, path, messages=messages, **fields, **way.fields)
     return await ask(way.address, prompt=prompt, **fields, **way.fields)
@@ -166,7 +167,7 @@ def measure_model(
                 line["temperature"] = temperature
                 click.echo(markdown_row(model.name, line))
             found[str(temperature)] = rows
-        memory = peak_memory_mib(ours.pid)
+        memory = memory_mib(ours.pid)
     return {"file": model.name, "rows": found, "memory_mib": memory, "requests_before": before}
 
 

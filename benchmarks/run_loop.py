@@ -30,11 +30,11 @@ if __name__ == "__main__":
 import click  # noqa: E402
 
 from benchmarks.run_loop_child import CASES, Answer  # noqa: E402
+from model.base.known_models import BUNDLED  # noqa: E402
 from model.evaluation.report import write_json  # noqa: E402
 from model.planning.prompt_files import PYTHON, read_prompt_file  # noqa: E402
 
 CHILD = Path(__file__).with_name("run_loop_child.py")
-MODEL = ROOT / "models" / "tiny-python.Q4_0.gguf"
 PROMPT_CHARS = 400  # of each prompt: prefills are not measured
 
 
@@ -150,7 +150,7 @@ def describe(case: str, result: dict[str, Any]) -> str:
 @click.command()
 @click.option("--before", required=True, type=click.Path(path_type=Path, exists=True))
 @click.option(
-    "--model", default=MODEL, type=click.Path(path_type=Path, exists=True), show_default="bundled"
+    "--model", default=BUNDLED, type=click.Path(path_type=Path, exists=True), show_default="bundled"
 )
 @click.option("--rounds", default=15, show_default=True)
 @click.option("--n_prompts", default=4, show_default=True)

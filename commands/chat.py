@@ -20,7 +20,7 @@ from commands.common import (
     with_drafting,
     with_sampling,
 )
-from model.base.chat import Message
+from model.base.chat import Message, user_turn
 from model.decoding.sampling import SamplingParams
 from model.decoding.sequence import Output
 from model.engine import Completion, Engine, Stream
@@ -49,7 +49,7 @@ class Conversation:
 
         Raises ContextError when the conversation is too long; then the line is removed again.
         """
-        self._messages.append({"role": "user", "content": line})
+        self._messages.append(user_turn(line))
         try:
             stream = self._start()
         except ContextError:

@@ -15,7 +15,6 @@ import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,12 +38,11 @@ from model.training.data.records import read_records  # noqa: E402
 from model.training.distillation.answers import (  # noqa: E402
     AnswerFile,
     DistilledAnswer,
-    Tally,
 )
 from model.training.distillation.endpoint import (  # noqa: E402
     Endpoint,
 )
-from model.training.distillation.local_source import LocalSource, Tick  # noqa: E402
+from model.training.distillation.local_source import LocalSource  # noqa: E402
 from model.training.distillation.options import OPTIONS, DistillOptions  # noqa: E402
 from model.training.distillation.progress_bar import ProgressBar  # noqa: E402
 from model.training.distillation.question_file import QuestionFile  # noqa: E402
@@ -52,16 +50,8 @@ from model.training.distillation.question_file import QuestionFile  # noqa: E402
 NAMED = 5  # records that cannot be used are named up to here, then counted
 
 
-class _TimeOverError(Exception):
-    """The time that was given to answers is over."""
-
-
-def distill(options: DistillOptions, seconds: float = float("inf")) -> Tally:
-    """Answer all prompts that the output has no answer to yet, as far as `seconds` go.
-
-    Returns the counts of all answers in the output. Raises MedusaError.
-    """
-    deadline = monotonic() + seconds
+def distill(options: DistillOptions) -> None:
+    """Answer all prompts that the output has no answer to yet. Raises MedusaError."""
     settings = Settings.load()
     logging.basicConfig(level=settings.log_level, format="%(message)s")
     options.check()
@@ -92,9 +82,7 @@ def distill(options: DistillOptions, seconds: float = float("inf")) -> Tally:
             kv_type=settings.kv_type,
         )  # fmt: skip
 
-        with contextlib.suppress(_TimeOverError):
-            fill(options, answers, source, endpoint, deadline, given)
-        return answers.total()
+        fill(options, answers, source, endpoint, given)
 
 
 def fill(
@@ -102,26 +90,23 @@ def fill(
     answers: AnswerFile,
     source: LocalSource,
     endpoint: Endpoint | None,
-    deadline: float,
     given: list[Prompt] | None,
 ) -> None:
     """Write the missing answers into the file, and say what there is now.
 
-    given: the prompts; None: the model's own. Raises _TimeOverError at the deadline, by
-    monotonic().
+    given: the prompts; None: the model's own.
     """
-    on_tokens = time_limit(deadline)
     questions = None
     prompts = given
     if prompts is None:
         questions = QuestionFile(answers.folder / "questions.jsonl")
-        prompts = source.ask_itself(questions, on_tokens)
+        prompts = source.ask_itself(questions)
     todo = [prompt for prompt in prompts if prompt.id not in answers.done]
     named = "its own questions" if questions else options.prompts or "standard library"
     click.echo(f"prompts {named}: {len(prompts):,}, {len(todo):,} to be answered")
 
     # The answers: those that are there stay, the others are written as they come.
-    bar = ProgressBar(len(prompts), len(prompts) - len(todo), on_tokens=on_tokens)
+    bar = ProgressBar(len(prompts), len(prompts) - len(todo))
     if endpoint:
         outcomes = source.answers_from(endpoint, todo, bar.tick)
     else:
@@ -136,16 +121,6 @@ def fill(
     report(answers, bar)
     if questions:
         click.echo(f"        questions: {questions.summary()}")
-
-
-def time_limit(deadline: float) -> Tick:
-    """Return what raises _TimeOverError when it is called behind the deadline."""
-
-    def check(_: int) -> None:
-        if monotonic() > deadline:
-            raise _TimeOverError
-
-    return check
 
 
 def wanted_prompts(options: DistillOptions, *, chat: bool) -> list[Prompt]:

@@ -186,9 +186,8 @@ class LoadedModel:
         """Make the heads' drafter for a tree.
 
         draft_vocab: how many of the most frequent tokens it drafts from; 0: all that the heads
-        know; None: those that they were taught with, or else those that make up
-        99.9 % of the training text. ranks: guesses per head; 0: as many as
-        the tree uses.
+        know; None: those that they were taught with, or else those that make up 99.9 % of the
+        training text. ranks: guesses per head; 0: as many as the tree uses.
         """
         from model.heads.draft_vocabulary import COVERAGE, covering
         from model.heads.hydra_drafter import drafter_for

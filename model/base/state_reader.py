@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from model.base.llama import Float32Array, LlamaBase
-from model.base.llama_model import Int32Array, LlamaModel
+from model.base.llama_model import LlamaModel
 
 FINAL_NORM = b"result_norm"  # llama.cpp's name of the node, the same in all architectures
 NAME_OFFSET = 256  # of a ggml_tensor's name, in bytes, with 64-bit pointers
@@ -37,21 +37,15 @@ class StateReader(LlamaBase):
         self._n_read = 0  # rows of the batch that is being decoded
         self._seen = False
 
-    def decode(
-        self,
-        tokens: Int32Array,
-        pos: Int32Array | int,
-        seq: Int32Array | int,
-        *,
-        outputs: bool | None = None,
-    ) -> None:
-        """Decode a plain batch; see LlamaBase. Every row is an output, or it would have no state.
+    def _run(self, n: int) -> None:
+        """Decode a batch; every row is an output, or it would have no state.
 
         Raises RuntimeError where the graph has no node of the final norm's name.
         """
-        self._n_read = len(tokens)
+        self._n_read = n
         self._seen = False
-        super().decode(tokens, pos, seq, outputs=True)
+        self._outputs[:n] = 1
+        super()._run(n)
         if not self._seen:
             raise RuntimeError(f"{self.model.architecture} models name no {FINAL_NORM.decode()}")
 

@@ -8,7 +8,7 @@ sequences have cells.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from model.decoding.prompt_cache import PromptCache, common_prefix
 from model.decoding.sequence import Sequence
@@ -26,16 +26,19 @@ MIN_GAP = 256
 class KVSlot:
     """Some sequence ids and what they hold.
 
-    tokens: in the cache, and those still to come: the list of the sequence that has the slot.
-    n_prefilled: how many of them are in the first id while the prompt is read. running: its prompt
-    is in the cache.
+    n_prefilled: how many of its sequence's tokens are in the first id while the prompt is read.
+    running: its prompt is in the cache.
     """
 
     seq_ids: range
     sequence: Sequence | None = None
-    tokens: list[int] = field(default_factory=list)
     n_prefilled: int = 0
     running: bool = False
+
+    @property
+    def tokens(self) -> list[int]:
+        """Those in the cache, and those still to come: the list of its sequence."""
+        return self.sequence.tokens if self.sequence else []
 
     @property
     def n_cached(self) -> int:
@@ -103,7 +106,6 @@ class KVSlots:
             return None
         slot = free[0]
         slot.sequence = sequence
-        slot.tokens = sequence.tokens
         slot.n_prefilled = 0
         sequence.seq_ids = slot.seq_ids
         sequence.n_reused = 0
@@ -173,9 +175,8 @@ class KVSlots:
         """Take a slot from its sequence; what it has in the cache is saved, and its cells go."""
         freed = slot.n_cached
         self._save(slot)
-        self._remove(slot, 0)
+        self._remove(slot)
         slot.sequence = None
-        slot.tokens = []
         slot.n_prefilled = 0
         slot.running = False
         if freed >= MIN_GAP and 0 < self.n_cached <= freed:
@@ -199,7 +200,7 @@ class KVSlots:
         moved = [slot for slot in self._slots if slot.n_cached]
         states = [self._cache.save_state(slot.seq_ids.start) for slot in moved]
         for slot in moved:
-            self._remove(slot, 0)
+            self._remove(slot)
         for slot, state in zip(moved, states, strict=True):
             restored = self._cache.restore_state(slot.seq_ids.start, state)
             assert restored, "there was room before"
@@ -211,6 +212,6 @@ class KVSlots:
         if self._prompt_cache is not None:
             self._prompt_cache.clear()
 
-    def _remove(self, slot: KVSlot, start: int) -> None:
+    def _remove(self, slot: KVSlot) -> None:
         for seq_id in slot.seq_ids:
-            self._cache.seq_rm(seq_id, start, -1)
+            self._cache.seq_rm(seq_id, 0, -1)

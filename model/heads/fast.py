@@ -11,7 +11,6 @@ vocabulary), and torch.compile 2.0 to 2.6 times, a C++ compiler and 4 to 16 s at
 (benchmarks/results/NOTES.md).
 """
 
-import platform
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from model.storage.facts import recall, remember
+from model.storage.facts import recall, remember, this_machine
 
 DType = Literal["auto", "f32", "bf16", "int8"]
 TYPES = ("int8", "bf16", "f32")
@@ -108,7 +107,7 @@ def fastest(what: str, build: Callable[[str], Callable[[], object]]) -> str:
     what: names the heads and what they draft. The answer is remembered, so that the next process
     gets the same: a choice made anew each time would let runs that are to be repeated differ.
     """
-    machine = f"{torch.get_num_threads()} {platform.node()} {platform.processor()}"
+    machine = f"{torch.get_num_threads()} {this_machine()}"
     key = f"{what} {torch.__version__} {machine}"
     known = recall("draft_types").get(key)
     if known in TYPES:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -26,7 +25,7 @@ from model.planning.cool_down import RETRY_SPEEDUP
 from model.planning.measured_acceptance import RANKS, measured_acceptance
 from model.planning.measured_steps import draft_seconds, step_curve
 from model.planning.sources import ContinuationSource, TreeSource
-from model.storage.facts import recall, remember
+from model.storage.facts import recall, remember, this_machine
 from model.trees.costs import CostCurve
 from model.trees.search import TreeChoice, all_choices, grow
 from model.trees.slices import Slices
@@ -151,8 +150,7 @@ def _key(loaded: LoadedModel, sampling: bool, heads: bool, draft_vocab: int | No
         sampling,
         version("llama-cpp-python"),
         version("torch"),
-        platform.node(),
-        platform.processor(),
+        this_machine(),
     )
     return " ".join(map(str, parts))
 

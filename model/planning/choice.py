@@ -20,7 +20,7 @@ from model.errors import ModelFileError, UsageError
 from model.loaded_model import LoadedModel, new_drafters
 from model.planning.auto_tuning import MAX_CONTINUATION, adaptive_policy, tuned
 from model.planning.prompt_files import PYTHON_TRIALS, TASK_TRIALS, in_turn, read_tasks
-from model.trees.slices import Slices, finish
+from model.trees.slices import Slices, begin, finish
 from model.trees.tree import MAX_LEAVES, Tree
 
 TRIAL_TOKENS = 64
@@ -85,10 +85,8 @@ def choose(
     on_measure: called before a measurement.
     """
     slices = choose_in_slices(loaded, options, trial, max_leaves=max_leaves)
-    try:
-        next(slices)
-    except StopIteration as done:
-        known: Drafting = done.value
+    known = begin(slices)
+    if known is not None:
         return known
     on_measure()
     return finish(slices)

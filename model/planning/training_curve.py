@@ -5,13 +5,12 @@ Knows neither heads nor training.
 
 from __future__ import annotations
 
-import platform
 from importlib.metadata import version
 
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.planning.measured_steps import SEQ_IDS, time_steps
-from model.storage.facts import recall, remember
+from model.storage.facts import recall, remember, this_machine
 from model.trees.costs import SIZES, CostCurve
 from model.trees.slices import finish
 
@@ -36,7 +35,7 @@ def training_curve(
     """
     # Remembered?
     settings = (fingerprint, max_nodes, n_threads, flash_attn, kv_type)
-    machine = (version("llama-cpp-python"), platform.node(), platform.processor())
+    machine = (version("llama-cpp-python"), this_machine())
     key = " ".join(map(str, (*settings, *machine)))
     kept = CostCurve.from_json(recall(KIND).get(key))
     if kept is not None:

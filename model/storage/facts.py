@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,11 @@ _LOCK_TIMEOUT_S = 10.0
 def folder() -> Path:
     """Return the folder that holds the files; it may not exist yet."""
     return Path(platformdirs.user_cache_dir("medusa-gguf"))
+
+
+def this_machine() -> str:
+    """Return what a fact that holds on this machine alone has in its key."""
+    return f"{platform.node()} {platform.processor()}"
 
 
 def recall(kind: str) -> dict[str, Any]:

@@ -7,12 +7,11 @@ gets the same.
 
 from __future__ import annotations
 
-import platform
 from time import perf_counter
 
 import torch
 
-from model.storage.facts import recall, remember
+from model.storage.facts import recall, remember, this_machine
 
 ROWS, INNER, COLUMNS = 64, 512, 4096  # of the timed product: 0.7 s where bf16 is emulated
 RUNS = 2  # of each type, of which the fastest counts
@@ -23,7 +22,7 @@ def use_bf16(device: torch.device) -> bool:
     """Say whether the device has fast bf16."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    machine = f"{platform.node()} {platform.processor()} {torch.get_num_threads()}"
+    machine = f"{this_machine()} {torch.get_num_threads()}"
     key = f"{torch.__version__} {machine}"
     known = recall("bf16_products").get(key)
     if not isinstance(known, bool):

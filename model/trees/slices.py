@@ -22,6 +22,16 @@ def undisturbed(run: Callable[[], T]) -> Slices[T]:
             return result
 
 
+def begin(slices: Slices[T]) -> T | None:
+    """Take the first slice; return the result where there was nothing to measure, else None."""
+    try:
+        next(slices)
+    except StopIteration as done:
+        result: T = done.value
+        return result
+    return None
+
+
 def finish(slices: Slices[T]) -> T:
     """Take all slices at once, where nothing else runs, and return the result."""
     try:

@@ -37,7 +37,7 @@ from model.serving.worker.messages import (
     Started,
     TextChunk,
 )
-from model.trees.slices import Slices
+from model.trees.slices import Slices, begin
 
 log = logging.getLogger(__name__)
 MAX_STALL_S = 0.1  # that prefill may hold up running sequences between two steps
@@ -112,10 +112,8 @@ class ServedModel:
             max_leaves=MAX_SEQUENCES // self._options.slots,
         )
         self._slices: Slices[Drafting] | None = None
-        try:
-            next(slices)
-        except StopIteration as done:
-            known: Drafting = done.value
+        known = begin(slices)
+        if known is not None:
             return known
         self._slices = slices
         return Drafting(FixedPolicy(), Drafters(), UNMEASURED)

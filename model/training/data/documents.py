@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from model.base.chat import Message
+from model.base.chat import Message, user_turn
 from model.errors import DataError
 from model.training.data.records import read_records
 
@@ -78,7 +78,7 @@ def document_of(name: str, record: Any) -> Document:
             return _conversation(name, fields[column])
     for ask, answer in PAIR_COLUMNS:
         if isinstance(fields.get(ask), str) and isinstance(fields.get(answer), str):
-            asked: Message = {"role": "user", "content": question_of(fields, ask)}
+            asked: Message = user_turn(question_of(fields, ask))
             answered: Message = {"role": "assistant", "content": fields[answer]}
             return Document(name=name, messages=(asked, answered))
     for column in TEXT_COLUMNS:

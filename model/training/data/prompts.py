@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from model.base.chat import Message
+from model.base.chat import Message, user_turn
 from model.errors import DataError
 from model.training.data.documents import (
     CHAT_COLUMNS,
@@ -91,7 +91,7 @@ def make_prompts(
 def own_prompt(number: int, written: int, question: str) -> Prompt:
     """Return a question of the model's own; number: among those kept, written: among all."""
     digest = hashlib.sha256(question.encode(errors="replace")).hexdigest()
-    turn = {"role": "user", "content": question}
+    turn = user_turn(question)
     return Prompt(id=f"own-{written}-{digest[:8]}", number=number, turns=(turn,))
 
 
@@ -111,14 +111,14 @@ def _asked(record: Any) -> str | tuple[Message, ...]:
         raise record
     fields: dict[str, Any] = record if isinstance(record, dict) else {"text": record}
     if isinstance(fields.get("turns"), list):  # MT-bench's
-        turns = [{"role": "user", "content": turn} for turn in fields["turns"]]
+        turns = [user_turn(turn) for turn in fields["turns"]]
         return _asking(messages_of(turns))
     for column in CHAT_COLUMNS:
         if isinstance(fields.get(column), list):
             return _asking(messages_of(fields[column]))
     for column in PROMPT_COLUMNS:
         if isinstance(fields.get(column), str):
-            return _asking(({"role": "user", "content": question_of(fields, column)},))
+            return _asking((user_turn(question_of(fields, column)),))
     for column in TEXT_COLUMNS:
         if isinstance(fields.get(column), str) and fields[column].strip():
             return str(fields[column])

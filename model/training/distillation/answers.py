@@ -22,6 +22,7 @@ from model.decoding.loops import GRAM, count_repeats
 from model.errors import DataError, OutputError
 from model.storage.disk_room import require_writable
 from model.storage.folder_lock import WriterLock
+from model.storage.json_lines import take_lines
 from model.storage.whole_file import require_ordinary, whole_file
 
 FROM = {"system": "system", "user": "human", "assistant": "gpt"}  # ShareGPT's names
@@ -148,25 +149,11 @@ class AnswerFile:
 
         Raises DataError for any other broken line.
         """
-        if not self.path.exists():
-            return
-        with self.path.open("r+b") as file:
-            start = 0
-            for number, line in enumerate(file, 1):
-                try:
-                    if not line.endswith(b"\n"):
-                        raise ValueError
-                    self._count(json.loads(line))
-                except (ValueError, KeyError, TypeError):
-                    is_last = not file.read(1)
-                    if is_last:
-                        file.truncate(start)
-                        return
-                    raise DataError(
-                        f"{self.path}, line {number}: is no answer; "
-                        "mend it or name another --output"
-                    ) from None
-                start += len(line)
+        broken = take_lines(self.path, self._count) if self.path.exists() else 0
+        if broken:
+            raise DataError(
+                f"{self.path}, line {broken}: is no answer; mend it or name another --output"
+            )
 
     def _count(self, line: dict[str, Any]) -> None:
         lengths = [end - start for start, end in line["answer_spans"]]
@@ -181,14 +168,6 @@ class AnswerFile:
         tally.repeated += repeated
         if looped:
             tally.loops += 1
-
-    def total(self) -> Tally:
-        """Return the counts over all temperatures."""
-        total = Tally()
-        for tally in self.by_temperature.values():
-            for name, value in vars(tally).items():
-                setattr(total, name, getattr(total, name) + value)
-        return total
 
     def add(self, answer: DistilledAnswer) -> None:
         """Write one finished prompt."""

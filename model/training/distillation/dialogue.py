@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from typing import Protocol
 
-from model.base.chat import ChatTemplate, Message, Segment
+from model.base.chat import ChatTemplate, Message, Segment, user_turn
 from model.errors import DataError
 from model.training.data.prompts import Prompt
 from model.training.data.token_encoder import PartEncoder, Tokenizer
@@ -80,7 +80,7 @@ class Dialogue:
         if self.ids:
             return None
         text = opening(self.prompt, self._speaker, self._encoder)
-        self._messages = [{"role": "user", "content": text}]
+        self._messages = [user_turn(text)]
         return _opening_ids(self.prompt, self._encoder)
 
     def _next_question(self) -> list[int] | None:

@@ -118,7 +118,7 @@ class LocalSource:
             tick(sum(end - start for start, end in answer.spans))
             yield prompt.id, answer
 
-    def ask_itself(self, file: QuestionFile, on_tokens: Tick) -> list[Prompt]:
+    def ask_itself(self, file: QuestionFile) -> list[Prompt]:
         """Return as many questions of the model's own as are wanted.
 
         Those that the file holds already come first, new ones are added to it.
@@ -133,7 +133,7 @@ class LocalSource:
         if len(file.kept) < wanted:
             max_length = min(self._max_length, writer.longest_opening + style.longest)
             parallel, base = self._context(wanted, max_length)
-            bar = ProgressBar(wanted, len(file.kept), "questions", on_tokens)
+            bar = ProgressBar(wanted, len(file.kept), "questions")
             written = writer.write(
                 base, self._model.n_vocab, file, wanted, parallel=parallel, max_length=max_length,
                 on_tokens=bar.tick,

@@ -5,8 +5,6 @@ Remembered by machine and file. Knows neither prompts nor answers.
 
 from __future__ import annotations
 
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from model.base.cores import physical_memory
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.errors import ModelFileError
-from model.storage.facts import recall, remember
+from model.storage.facts import recall, remember, this_machine
 
 KIND = "distilling_parallelism"  # of what is remembered
 # Every fourth: kernels that take four rows at a time are slow on two and three.
@@ -66,7 +65,7 @@ def measured_parallelism(
 
     # Remembered?
     settings = (fingerprint, asked, n_threads, flash_attn, kv_type)
-    machine = (version("llama-cpp-python"), platform.node(), platform.processor())
+    machine = (version("llama-cpp-python"), this_machine())
     key = " ".join(map(str, (*settings, *machine)))
     known = _read(recall(KIND).get(key))
 
@@ -83,7 +82,8 @@ def measured_parallelism(
         listed = {name: rates[kind] for name, kind in _NAMES.items() if kind in rates}
         remember(KIND, key, {"rates": listed, "bytes_per_token": timer.bytes_per_token})
     rates, bytes_per_token = known
-    room = MEMORY * _memory_bytes() / max(1.0, bytes_per_token * max_length)
+    memory = physical_memory() or float("inf")  # where the system doesn't tell
+    room = MEMORY * memory / max(1.0, bytes_per_token * max_length)
     return choose(rates, asked, room)
 
 
@@ -168,11 +168,3 @@ class _Timer:
                 base.logits(n)
                 times.append(perf_counter() - since)
         return min(times[1:])
-
-
-def _memory_bytes() -> float:
-    """Return the machine's memory; infinity where the system doesn't tell."""
-    try:
-        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, ValueError, OSError):
-        return float("inf")

@@ -6,7 +6,6 @@ Knows nothing of their source.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
 from time import perf_counter
 
 from tqdm import tqdm
@@ -18,19 +17,10 @@ REFRESH_S = 0.5
 class ProgressBar:
     """The bar on the terminal, what has failed, and tokens per second of this run.
 
-    on_tokens: is told of all tokens that come.
-
     Close it when the work is done.
     """
 
-    def __init__(
-        self,
-        total: int,
-        done: int,
-        name: str = "answers",
-        on_tokens: Callable[[int], None] = lambda _: None,
-    ) -> None:
-        self._on_tokens = on_tokens
+    def __init__(self, total: int, done: int, name: str = "answers") -> None:
         self.tokens = 0
         self.seconds = 0.0
         self.failed = 0
@@ -48,7 +38,6 @@ class ProgressBar:
         self.tokens += tokens
         now = perf_counter()
         self.seconds = now - self._began
-        self._on_tokens(tokens)
         if now - self._shown > REFRESH_S:
             self._shown = now
             self._bar.set_postfix_str(f"{self.rate:,.0f} tokens/s")

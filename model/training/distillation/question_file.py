@@ -9,8 +9,10 @@ import json
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from model.errors import DataError, OutputError
+from model.storage.json_lines import take_lines
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,25 +52,15 @@ class QuestionFile:
 
         Raises DataError for any other broken line.
         """
-        lines = self.path.read_bytes().splitlines(keepends=True)
-        end = 0
-        for number, line in enumerate(lines):
-            try:
-                if not line.endswith(b"\n"):
-                    raise ValueError
-                question = Question(**json.loads(line))
-                if question.number != number:
-                    raise ValueError
-            except (ValueError, TypeError):
-                if number < len(lines) - 1:
-                    raise DataError(
-                        f"{self.path}, line {number + 1}: is no question; name another --output"
-                    ) from None
-                with self.path.open("r+b") as file:
-                    file.truncate(end)
-                return
-            self.questions.append(question)
-            end += len(line)
+        broken = take_lines(self.path, self._take)
+        if broken:
+            raise DataError(f"{self.path}, line {broken}: is no question; name another --output")
+
+    def _take(self, line: dict[str, Any]) -> None:
+        question = Question(**line)
+        if question.number != len(self.questions):
+            raise ValueError
+        self.questions.append(question)
 
     def add(self, question: Question) -> None:
         """Write the next question."""

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from model.base.llama import LlamaBase
 from model.base.llama_model import Int32Array, LlamaModel
+from model.decoding.prompt_cache import common_prefix
 from model.errors import ModelFileError
 
 SHORTEST = 8  # tokens: copying fewer is no gain over reading them
@@ -61,7 +62,9 @@ class PrefixSharingBase(LlamaBase):
             self.n_shared += done
 
         # What it shares beyond that with an earlier prompt, the next ones will share as well.
-        shared = max((_n_shared(prompt, other) for other in self._prompts), default=0)
+        shared = 0
+        for other in self._prompts:
+            shared = max(shared, common_prefix(prompt, other, min(len(prompt), len(other))))
         self._prompts.append(prompt)
         if shared >= done + SHORTEST:
             super().prefill(tokens[done:shared], done, seq)
@@ -70,14 +73,6 @@ class PrefixSharingBase(LlamaBase):
                 self._states.popitem(last=False)
             done = shared
         return done
-
-
-def _n_shared(a: list[int], b: list[int]) -> int:
-    """Return how many tokens are the same in both, from the first on."""
-    for i, (one, other) in enumerate(zip(a, b, strict=False)):
-        if one != other:
-            return i
-    return min(len(a), len(b))
 
 
 def sequences_of(

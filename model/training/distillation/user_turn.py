@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from model.base.chat import ChatTemplate, Message, Segment
+from model.base.chat import ChatTemplate, Message, Segment, user_turn
 from model.errors import DataError
 from model.training.data.token_encoder import PartEncoder
 from model.training.distillation.dialogue import Speaker
@@ -38,7 +38,7 @@ def open_user_turn(
 
     Raises DataError where the template refuses it, or tells no end of the message.
     """
-    messages: list[Message] = [{"role": "user", "content": _MESSAGE}]
+    messages: list[Message] = [user_turn(_MESSAGE)]
     if system:
         messages.insert(0, {"role": "system", "content": system})
     before, found, after = template.render(messages, prompt=True).partition(_MESSAGE)
