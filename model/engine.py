@@ -31,6 +31,7 @@ from pathlib import Path
 from typing_extensions import Self
 
 from model.base.chat import ChatTemplate, Message, chosen_template
+from model.base.known_models import model_file
 from model.base.llama import MAX_SEQUENCES
 from model.base.prompt import encode_prompt
 from model.decoding.decoder import Decoder
@@ -132,7 +133,7 @@ class Stream:
 class Engine:
     """A GGUF with its draft heads, ready to generate.
 
-    path: the GGUF; of a split one, the first part.
+    path: the GGUF; of a split one, the first part. Or a short name, as in MODEL_PATH.
     heads_path: folder or file of the draft heads; None: those below `heads_folder` that belong to
         the model, if there are any. Without heads, n-grams draft.
     n_parallel: prompts that `generate` runs at the same time.
@@ -163,7 +164,7 @@ class Engine:
         if not 1 <= n_parallel <= MAX_SEQUENCES:
             raise UsageError(f"n_parallel {n_parallel} is outside 1 … {MAX_SEQUENCES}")
         self.loaded = LoadedModel(
-            Path(path),
+            model_file(str(path)),
             load or LoadOptions(),
             heads_path=None if heads_path is None else Path(heads_path),
             heads_folder=heads_folder,
@@ -283,7 +284,7 @@ class Engine:
         policy, drafters, _ = choose(
             self.loaded,
             self._draft,
-            trial_requests(self.loaded, SamplingParams()),
+            trial_requests(self.loaded, SamplingParams(), self.template),
             max_leaves=MAX_SEQUENCES // self._n_parallel,
             on_measure=self._on_measure,
         )

@@ -51,9 +51,10 @@ KV_BYTES = {"f32": 4.0, "q8_0": 1.07, "q4_0": 0.57}  # of a number; 2 for the ot
 class LoadOptions:
     """How a model is loaded and run; most fields are the environment variables of the same names.
 
-    context_size: 0: as trained, at most DEFAULT_CONTEXT. flash_attn: None: llama.cpp's choice.
-    k_heads: use the first so many heads; None: all. max_nodes: of a draft tree, its root included.
-    prompt_cache_mb: MiB of host memory for what finished sequences leave.
+    context_size: 0: as trained, at most DEFAULT_CONTEXT. flash_attn: None: what is faster, see
+    planning/flash_attention.py. k_heads: use the first so many heads; None: all. max_nodes: of a
+    draft tree, its root included. prompt_cache_mb: MiB of host memory for what finished sequences
+    leave.
     """
 
     n_threads: int = field(default_factory=usable_cores)
@@ -72,8 +73,8 @@ class LoadedModel:
     """A loaded base model with its draft heads, if it has any.
 
     The heads are loaded when they are first used. heads_path: folder or file of the heads; None:
-    those below heads_folder that belong to the model. Raises ModelFileError where the file cannot
-    be loaded.
+    those below heads_folder that belong to the model. flash_attn: of the contexts that are made
+    from now on; None: LlamaBase's choice. Raises ModelFileError where the file cannot be loaded.
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LoadedModel:
             use_mmap=options.use_mmap,
             use_mlock=options.use_mlock,
         )
+        self.flash_attn = options.flash_attn
         self.context = options.context_size or min(self.base_model.n_ctx_train, DEFAULT_CONTEXT)
         self._check_context()
         self.heads_path = heads_path or find_heads(heads_folder, self.file)
@@ -215,11 +217,12 @@ class LoadedModel:
         *,
         n_seq_max: int = 0,
         n_ctx: int = 0,
+        flash_attn: bool | None = None,
     ) -> LlamaBase:
         """Make a context: for plain decoding, or with room for all that a policy may draft.
 
         n_seq_max: how many ids there are; 0: as many as one sequence needs. n_ctx: tokens; 0: as
-        the options say.
+        the options say. flash_attn: None: the attribute of that name.
         """
         max_nodes = policy.max_nodes if policy else 1
         max_leaves = policy.max_leaves if policy else 1
@@ -230,7 +233,7 @@ class LoadedModel:
             n_threads=self.options.n_threads,
             n_seq_max=n_seq_max or max_leaves,
             embeddings=max_nodes > 1,
-            flash_attn=self.options.flash_attn,
+            flash_attn=self.flash_attn if flash_attn is None else flash_attn,
             kv_type=self.options.kv_type,
         )
 

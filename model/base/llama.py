@@ -51,7 +51,7 @@ class LlamaBase:
     """One llama.cpp context: a KV cache and the batches that are decoded into it.
 
     n_ctx: tokens in the cache. n_batch: rows of a batch at the most. embeddings: give hidden states
-    too. flash_attn: None: off on CPUs, as llama.cpp finds best on GPUs.
+    too. flash_attn: None: off on CPUs, as llama.cpp finds best on GPUs; see planning.
     unified: all sequences share the cells, as trees need it. Otherwise each has its own,
     n_ctx / n_seq_max of them, and a token looks at no other sequence's: for many plain sequences at
     once. The bundled model in Q4_0, 32 sequences, one thread: 0.48 of the CPU time per token at 100
@@ -76,7 +76,7 @@ class LlamaBase:
         watch: Any = None,
     ) -> None:
         _check_options(n_seq_max, flash_attn, kv_type)
-        if flash_attn is None and kv_type not in QUANTIZED_KV and not _has_gpu():
+        if flash_attn is None and kv_type not in QUANTIZED_KV and not has_gpu():
             # It doubles the time of a step at 300 tokens (benchmarks/results/NOTES.md).
             flash_attn = False
         params = llama_cpp.llama_context_default_params()
@@ -314,5 +314,6 @@ def _check_options(n_seq_max: int, flash_attn: bool | None, kv_type: str) -> Non
         raise UsageError(f"{n_seq_max} sequences asked for; llama.cpp takes 1 to {MAX_SEQUENCES}")
 
 
-def _has_gpu() -> bool:
+def has_gpu() -> bool:
+    """Say whether llama.cpp was built for a GPU."""
     return bool(llama_cpp.llama_supports_gpu_offload())

@@ -76,7 +76,7 @@ def time_files(
                 n_threads=options.n_threads,
                 n_seq_max=SEQ_IDS,
                 embeddings=True,
-                flash_attn=options.flash_attn,
+                flash_attn=loaded.flash_attn,
                 kv_type=options.kv_type,
             )
             timer = ColdCacheTimer(

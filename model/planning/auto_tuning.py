@@ -116,16 +116,19 @@ def tuned(
 ) -> Slices[Tuning]:
     """Return the remembered figures, or measure them, slice by slice, and remember them.
 
-    requests: what acceptance is measured on. heads: whether the heads are measured. afresh: measure
-    in any case. budget_s: see `measure`.
+    requests: what acceptance is measured on; the first one stands for them all in what is
+    remembered. heads: whether the heads are measured. afresh: measure in any case. budget_s: see
+    `measure`.
     """
     sampling = requests[0].sampling.temperature > 0
-    key = _key(loaded, sampling, heads, draft_vocab)
+    prompt = requests[0].prompt
+    key = _key(loaded, prompt, sampling, heads, draft_vocab)
     known = {} if afresh else recall(KIND)
     kept = Tuning.from_json(known.get(key))
     if kept is not None:
         return kept
-    other_temperature = Tuning.from_json(known.get(_key(loaded, not sampling, heads, draft_vocab)))
+    other_key = _key(loaded, prompt, not sampling, heads, draft_vocab)
+    other_temperature = Tuning.from_json(known.get(other_key))
     curve = other_temperature.curve if other_temperature else None  # steps cost the same there
     yield  # so far nothing has taken long
     tuning = yield from measure(
@@ -135,24 +138,36 @@ def tuned(
     return tuning
 
 
-def _key(loaded: LoadedModel, sampling: bool, heads: bool, draft_vocab: int | None) -> str:
+def _key(
+    loaded: LoadedModel,
+    prompt: list[int],
+    sampling: bool,
+    heads: bool,
+    draft_vocab: int | None,
+) -> str:
     n_heads = loaded.n_heads if heads else 0  # raises where heads are missing
     weights = ""
     if n_heads:  # what was learnt and how well it guesses, whenever it was written
         facts = {name: fact for name, fact in loaded.heads_facts.items() if name != "token_counts"}
-        weights = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
+        weights = _short_hash(facts)
     parts = (
         loaded.file.file_fingerprint(),
         weights,
         n_heads,
         draft_vocab,
-        replace(loaded.options, prompt_cache_mb=0),  # which costs no step anything
+        _short_hash(prompt),  # another chat template, other tasks
+        # A prompt cache costs no step anything.
+        replace(loaded.options, prompt_cache_mb=0, flash_attn=loaded.flash_attn),
         sampling,
         version("llama-cpp-python"),
         version("torch"),
         this_machine(),
     )
     return " ".join(map(str, parts))
+
+
+def _short_hash(data: Any) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def measure(

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from model.base.chat import chosen_template
+from model.base.chat import ChatTemplate
 from model.decoding.draft import ROOT_ONLY
 from model.decoding.draft_policy import DraftPolicy, FixedPolicy
 from model.decoding.drafters.drafter import HEADS, NGRAM, Drafters
@@ -19,6 +19,7 @@ from model.decoding.sampling import SamplingParams
 from model.errors import ModelFileError, UsageError
 from model.loaded_model import LoadedModel, new_drafters
 from model.planning.auto_tuning import MAX_CONTINUATION, adaptive_policy, tuned
+from model.planning.flash_attention import choose_flash_attention
 from model.planning.prompt_files import PYTHON_TRIALS, TASK_TRIALS, in_turn, read_tasks
 from model.trees.slices import Slices, begin, finish
 from model.trees.tree import MAX_LEAVES, Tree
@@ -55,15 +56,17 @@ class Drafting(NamedTuple):
 
 
 def trial_requests(
-    loaded: LoadedModel, sampling: SamplingParams, n: int = N_TRIALS
+    loaded: LoadedModel,
+    sampling: SamplingParams,
+    template: ChatTemplate | None,
+    n: int = N_TRIALS,
 ) -> list[Request]:
     """Return n requests that drafts are measured on, of each kind of task in turn.
 
-    Tasks for a GGUF with a chat template, in that template, and Python source for others. Their
-    prompts fill half of the context at the most.
+    Tasks in the chat template, and Python source where there is none. Their prompts fill half of
+    the context at the most.
     """
     most = loaded.context // 2
-    template = chosen_template(loaded.file.metadata, "auto")
     tasks = read_tasks(PYTHON_TRIALS if template is None else TASK_TRIALS)
     requests = [
         loaded.request(task.text, TRIAL_TOKENS, sampling, template=template)
@@ -109,6 +112,7 @@ def choose_in_slices(
     max_nodes = loaded.options.max_nodes
     description = " and ".join(WORDS[source] for source in sources) or "nothing"
     if not sources:
+        yield from choose_flash_attention(loaded)
         return Drafting(FixedPolicy(), Drafters(), description)
     heads = HEADS in sources
     ngram = NGRAM in sources
@@ -119,7 +123,8 @@ def choose_in_slices(
         asked = Tree.parse(options.tree)
         if heads:
             tree = loaded.check_tree(asked)
-    else:
+    yield from choose_flash_attention(loaded)
+    if not options.tree:
         tuning = yield from tuned(loaded, trial, heads=heads, draft_vocab=options.draft_vocab)
         if not options.fixed:
             policy, drafters = adaptive_policy(

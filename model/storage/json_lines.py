@@ -1,4 +1,4 @@
-"""Files of JSON lines that a kill may leave with a torn last line. Knows nothing of their content."""
+"""Files of JSON lines that a kill may leave with a torn last line. Knows no content."""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ def _option(
 class TrainOptions:
     """All options of `train_medusa.py`; its `--help` is made of this table."""
 
-    base_model_path: str = _option("", "The GGUF file of the base model.")
+    base_model_path: str = _option(
+        "", "The base model: a GGUF file, or a short name as in MODEL_PATH."
+    )
     head_type: Literal["medusa", "hydra"] = _option(
         "hydra", "hydra: heads read drafted tokens too; medusa: the state alone."
     )

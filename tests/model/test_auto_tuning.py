@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from model.base.chat import ChatTemplate
 from model.decoding.drafters.drafter import HEADS
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
@@ -28,7 +29,9 @@ from model.planning.auto_tuning import (
     measure,
     tuned,
 )
+from model.planning.choice import trial_requests
 from model.planning.measured_acceptance import RANKS, TRAINING_WEIGHT, measured_acceptance
+from model.planning.prompt_files import PYTHON_TRIALS, TASK_TRIALS, in_turn, read_tasks
 from model.storage import facts
 from model.trees.costs import CostCurve
 from model.trees.slices import Slices, finish
@@ -75,6 +78,22 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def requests(loaded: LoadedModel) -> list[Request]:
     return [loaded.request(prompt, 40, GREEDY) for prompt in PROMPTS]
+
+
+def test_trials_are_tasks_in_the_template_or_python_and_fit_the_context(
+    hydra: LoadedModel,
+) -> None:
+    def shown(template: ChatTemplate | None) -> list[str]:
+        found = trial_requests(hydra, GREEDY, template, n=7)
+        assert all(len(request.prompt) <= hydra.context // 2 for request in found)
+        return [hydra.base_model.detokenize(request.prompt) for request in found]
+
+    python = [task.text for task in in_turn(read_tasks(PYTHON_TRIALS))[:7]]
+    tasks = [task.text for task in in_turn(read_tasks(TASK_TRIALS))[:7]]
+    for expected, text in zip(python, shown(None), strict=True):
+        assert text and expected.startswith(text.rstrip("\ufffd"))
+    for expected, text in zip(tasks, shown(ChatTemplate(None)), strict=True):
+        assert len(text) > 20 and f"USER: {expected} ASSISTANT:".startswith(text.rstrip("\ufffd"))
 
 
 def test_everything_is_measured(hydra: LoadedModel) -> None:
@@ -134,6 +153,9 @@ def test_what_was_measured_is_kept_and_damage_is_measured_again(
     calls.pop()
     recalled(hydra, greedy, heads=True)
     assert len(calls) == 2, "another question"
+    recalled(hydra, greedy[::-1], heads=True)
+    assert len(calls) == 3, "other prompts, as of another chat template"
+    calls.pop()
 
     # The heads are known by what they learnt, not by where they lie.
     assert hydra.heads_path is not None

@@ -51,7 +51,7 @@ GREEDY = SamplingParams()
 def options(gguf: Path, *, sources: Sources = "both", tree: str = "2,2,1") -> ModelOptions:
     return ModelOptions(
         model_path=gguf,
-        load=LoadOptions(n_threads=1, context_size=512, max_nodes=16),
+        load=LoadOptions(n_threads=1, context_size=512, flash_attn=False, max_nodes=16),
         slots=3,
         draft=DraftOptions(sources=sources, tree=tree),
     )

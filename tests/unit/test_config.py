@@ -113,7 +113,7 @@ def test_a_name_that_stands_for_nothing_is_one_line(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("MODEL_PATH", "smolm2")
     with pytest.raises(UsageError) as error:
         Settings.load()
-    message = "is neither a file nor one of the names smollm2, tiny-python"
+    message = "smolm2 is neither a file nor one of the names smollm2, tiny-python"
     assert str(error.value) == f"MODEL_PATH='smolm2': {message}"
 
 

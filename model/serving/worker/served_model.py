@@ -13,7 +13,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from model.base.chat import template_of
+from model.base.chat import chosen_template, template_of
 from model.base.grammar import GbnfGrammar, schema_to_gbnf
 from model.base.llama import MAX_SEQUENCES
 from model.base.prompt import encode_prompt
@@ -104,7 +104,8 @@ class ServedModel:
 
     def _begin_to_choose(self) -> Drafting:
         """Return how to draft; where that must be measured first, not at all until it is."""
-        trial = trial_requests(self._loaded, SamplingParams())
+        template = chosen_template(self._loaded.file.metadata, "auto")
+        trial = trial_requests(self._loaded, SamplingParams(), template)
         slices = choose_in_slices(
             self._loaded,
             self._options.draft,
