@@ -37,6 +37,7 @@ PASSES = 3  # over the answers, that the time is divided for where nobody says h
 FIRST_SHARE = 0.1  # of the time: answers that are written before anything is measured
 TRIAL_SHARE = 0.02  # of the time: the trial of training, or one step where that takes longer
 TRIAL_TOKENS = 4096  # what is learnt in it
+LEAST_ROUND = 0.02  # of the time: more answers are not worth the start of their process
 LEAST_ANSWERS = 4  # to learn from and to validate on
 # train(options, until): train up to a time of time.monotonic(), over a run in the same folder.
 Train = Callable[[TrainOptions, float], TrainResult]
@@ -114,10 +115,7 @@ class TimedRun:
         costs = self._try_training(amount)
         self._require_one_step(amount, costs)
         if self._writer:
-            passes = self._options.epochs or PASSES
-            wanted = tokens_to_write(self._left_s, amount.tokens, costs, passes)
-            click.echo(f"plan    {costs}: {wanted:,} to be written, and learnt {passes} times")
-            self._write(self._writer, (wanted - amount.tokens) * costs.write_s)
+            self._write_rest(self._writer, costs)
 
     def _write_first(self, writer: AnswerWriter) -> None:
         """Write answers for a tenth of the time, or up to a half until there are a few."""
@@ -127,15 +125,24 @@ class TimedRun:
             half_s = self._left_s - self._total_s / 2
             self._write_once(writer, there + FIRST_PROMPTS, max(first_s, 0.0), most_s=half_s)
 
-    def _write(self, writer: AnswerWriter, seconds: float) -> None:
-        """Write answers for so long, as far as there are prompts."""
-        until = time.monotonic() + seconds
+    def _write_rest(self, writer: AnswerWriter, costs: Costs) -> None:
+        """Write as many answers as can be learnt, as far as there are prompts.
+
+        That is planned anew after each round: the first answers take longer than those after them.
+        """
+        passes = self._options.epochs or PASSES
         more = True
-        while more and (left_s := until - time.monotonic()) > 0:
+        while more:
+            there = amount_of(self._answers)
+            costs = replace(costs, write_s=self._record.written_s / there.tokens)
+            wanted = tokens_to_write(self._left_s, there.tokens, costs, passes)
+            click.echo(f"plan    {costs}: {wanted:,} to be written, and learnt {passes} times")
+            seconds = (wanted - there.tokens) * costs.write_s
+            if seconds < self._total_s * LEAST_ROUND:
+                return
             # As many prompts as the time will do for, going by those before.
-            there = amount_of(self._answers).answers
-            expected = round(there * left_s / self._record.written_s)
-            more = self._write_once(writer, there + expected + FIRST_PROMPTS, left_s)
+            expected = round(there.answers * seconds / self._record.written_s)
+            more = self._write_once(writer, there.answers + expected + FIRST_PROMPTS, seconds)
 
     def _write_once(
         self, writer: AnswerWriter, n_prompts: int, seconds: float, *, most_s: float = 0.0
