@@ -106,6 +106,7 @@ class LlamaBase:
         self.n_ctx = int(llama_cpp.llama_n_ctx(self._ctx))
         self.n_batch = int(llama_cpp.llama_n_batch(self._ctx))
         self.n_seq_max = n_seq_max
+        self.flash_attn = flash_attn
         self.embeddings = embeddings
         self._memory = llama_cpp.llama_get_memory(self._ctx)
         self._make_batch()

@@ -132,13 +132,7 @@ def test_real_steps_are_timed_and_later_contexts_follow(
     monkeypatch.setattr(flash_attention, "ROUNDS", 2)
     drafting = finish(choose_in_slices(loaded, DraftOptions(sources="none"), []))
     assert drafting.description == "nothing" and isinstance(loaded.flash_attn, bool)
-    made = list[bool | None]()
-    create = LlamaBase.__init__
-
-    def watched(self: LlamaBase, *args: object, **more: object) -> None:
-        made.append(more["flash_attn"])  # type: ignore[arg-type]
-        create(self, *args, **more)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(LlamaBase, "__init__", watched)
-    loaded.new_base(n_ctx=64).close()
-    assert made == [loaded.flash_attn]
+    with loaded.new_base(n_ctx=64) as base:
+        assert base.flash_attn is loaded.flash_attn
+    with loaded.new_base(n_ctx=64, flash_attn=not loaded.flash_attn) as other:
+        assert other.flash_attn is not loaded.flash_attn
