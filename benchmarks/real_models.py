@@ -8,8 +8,8 @@ changes; so slow spells hit all of them. Requests are chats (texts, where the mo
 template), streamed; a rate is that of the tokens behind the first one, as the client sees them.
 Ratios are medians over requests of this server's rate ÷ the peer's without speculation, or ÷ its
 own plain one. `--before`: so many requests of all lengths first, which a server must not be slower
-for. Prompts come from a file of them by kind. Writes real_models.json and .md under
-benchmarks/results/.
+for, and a second server of ours with one slot, which saw none of them. Prompts come from a file of
+them by kind. Writes real_models.json and .md under benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from model.base.chat import user_turn  # noqa: E402
 from model.base.cores import usable_cores  # noqa: E402
 from model.base.gguf_file import GGUFFile  # noqa: E402
 from model.evaluation.report import write_json  # noqa: E402
-from model.planning.prompt_files import TASKS, in_turn, read_tasks  # noqa: E402
+from model.planning.prompt_files import TASKS, Task, in_turn, read_tasks  # noqa: E402
 
 CONTEXT = 2048
 MEASURED_WITHIN_S = 300  # of a first start
@@ -116,9 +116,16 @@ def wait_until_measured(ours: Server) -> None:
         asyncio.run(asyncio.sleep(1.0))
 
 
-def row(name: str, answers: dict[str, list[Answer]], baseline: str, plain: str) -> dict[str, Any]:
-    """Return what a way came to."""
+def row(
+    name: str, answers: dict[str, list[Answer]], kinds: list[str], baseline: str, plain: str
+) -> dict[str, Any]:
+    """Return what a way came to. kinds: of the prompts."""
     mine = answers[name]
+    by_kind = dict[str, float]()
+    for kind in dict.fromkeys(kinds):
+        chosen = [i for i, each in enumerate(kinds) if each == kind]
+        ratios = [rate(mine[i]) / (rate(answers[plain][i]) or float("inf")) for i in chosen]
+        by_kind[kind] = median(ratios)
     paired = [
         (rate(a), rate(b), rate(c))
         for a, b, c in zip(mine, answers[baseline], answers[plain], strict=True)
@@ -130,13 +137,16 @@ def row(name: str, answers: dict[str, list[Answer]], baseline: str, plain: str) 
         "against_peer": median(a / b for a, b, _ in paired),
         "against_plain": median(a / c for a, _, c in paired),
         "first_token_ms": 1e3 * median(a.first_s for a in mine),
+        "against_plain_by_kind": by_kind,
     }
 
 
 def measure_model(
-    model: Path, temperatures: list[float], prompts: list[str], max_tokens: int, before: int
+    model: Path, temperatures: list[float], tasks: list[Task], max_tokens: int, before: int
 ) -> dict[str, Any]:
     """Return all figures of a file."""
+    prompts = [task.text for task in tasks]
+    kinds = [task.kind for task in tasks]
     threads = usable_cores()
     chat = "tokenizer.chat_template" in GGUFFile(model).metadata
     with ExitStack() as running:
@@ -151,6 +161,11 @@ def measure_model(
             Way(f"this: {draft}", ours.address, {"draft": draft, "cache_prompt": False})
             for draft in sources
         ]
+        if before:
+            alone = running.enter_context(server(**variables, N_PARALLEL="1"))
+            ways.append(
+                Way("this, one slot: none", alone.address, {"draft": "none", "cache_prompt": False})
+            )
         for speculation in SPECULATION:
             address = running.enter_context(
                 peer(model, speculation, threads=threads, context=CONTEXT)
@@ -162,7 +177,9 @@ def measure_model(
         found: dict[str, Any] = {}
         for temperature in temperatures:
             answers = asyncio.run(measure(ways, prompts, chat, temperature, max_tokens))
-            rows = [row(way.name, answers, "llama-server: none", "this: none") for way in ways]
+            rows = [
+                row(way.name, answers, kinds, "llama-server: none", "this: none") for way in ways
+            ]
             for line in rows:
                 line["temperature"] = temperature
                 click.echo(markdown_row(model.name, line))
@@ -201,10 +218,10 @@ def main(
     before: int,
 ) -> None:
     """Measure files against llama-server."""
-    texts = [task.text for task in in_turn(read_tasks(prompts))][:n_prompts]
+    tasks = in_turn(read_tasks(prompts))[:n_prompts]
     temperatures = [float(part) for part in temperature.split(",")]
     click.echo(HEADER)
-    results = [measure_model(path, temperatures, texts, max_tokens, before) for path in models]
+    results = [measure_model(path, temperatures, tasks, max_tokens, before) for path in models]
     out = ROOT / "benchmarks" / "results"
     names = [Path(part).name if part.endswith(".gguf") else part for part in sys.argv[1:]]
     command = " ".join(["python benchmarks/real_models.py", *names])
@@ -215,8 +232,23 @@ def main(
         for rows in each["rows"].values()
         for line in rows
     ]
+    kinds = list(dict.fromkeys(task.kind for task in tasks))
+    by_kind = [
+        f"| file | T | way, ÷ this, plain | {' | '.join(kinds)} |",
+        "|---|---|---|" + "---|" * len(kinds),
+    ]
+    by_kind += [
+        f"| {each['file']} | {line['temperature']} | {line['way']} | "
+        + " | ".join(f"{line['against_plain_by_kind'][kind]:.2f}" for kind in kinds)
+        + " |"
+        for each in results
+        for rows in each["rows"].values()
+        for line in rows
+    ]
     memory = [f"{each['file']}: {each['memory_mib']:.0f} MiB" for each in results]
-    text = "\n".join([f"`{command}`", "", HEADER, *lines, "", "Memory (PSS): " + "; ".join(memory)])
+    text = "\n".join(
+        [f"`{command}`", "", HEADER, *lines, "", *by_kind, "", "Memory (PSS): " + "; ".join(memory)]
+    )
     (out / "real_models.md").write_text(f"# Real models\n\n{text}\n", encoding="utf-8")
 
 

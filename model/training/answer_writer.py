@@ -21,6 +21,8 @@ from model.training.options import TrainOptions
 from model.training.stopping import stop_on_request
 
 FIRST_PROMPTS = 64  # to begin with, and at least so many more each time
+# Of an answer: attention over long ones takes most of a step that many share (NOTES.md).
+MAX_NEW_TOKENS = 256
 LOOK_EVERY_S = 0.5
 PATIENCE_S = 60.0  # for a child that was asked to stop
 BAR = "answers  {percentage:3.0f}% |{bar:30}| of {total:.0f} s{postfix}"
@@ -66,6 +68,7 @@ class AnswerWriter:
             "--output", str(answers),
             "--seed", str(options.seed),
             "--max_length", str(options.max_length),
+            "--max_new_tokens", str(MAX_NEW_TOKENS),
             "--prompts", options.dataset_name,
             "--dataset_split", options.dataset_split,
         ]  # fmt: skip

@@ -8,17 +8,15 @@ from model.training.distillation.parallelism import Parallelism, Rates, choose
 
 
 @pytest.mark.parametrize(
-    ("rates", "asked", "room", "n", "flash_attn"),
+    ("rates", "asked", "n", "flash_attn"),
     [
-        ({False: {1: 200, 4: 150, 32: 190}, True: {1: 190, 4: 140}}, 0, 99, 1, False),
-        ({False: {1: 200, 32: 500, 64: 510}, True: {1: 190, 32: 400}}, 0, 99, 32, False),
-        ({False: {1: 200, 32: 500, 64: 510}, True: {1: 210, 32: 505, 64: 600}}, 0, 99, 64, True),
-        ({False: {1: 200, 32: 500, 64: 510}, True: {1: 210, 32: 505, 64: 600}}, 0, 40, 32, True),
-        ({False: {1: 200, 32: 500}}, 0, 0.5, 1, False),
-        ({False: {8: 200}, True: {8: 300}}, 8, 0.5, 8, True),
-        ({False: {}, True: {}}, 0, 99, 1, False),
-        ({False: {}}, 8, 99, 8, False),
+        ({False: {1: 200, 4: 150, 32: 190}, True: {1: 190, 4: 140}}, 0, 1, False),
+        ({False: {1: 200, 32: 500, 64: 510}, True: {1: 190, 32: 400}}, 0, 32, False),
+        ({False: {1: 200, 32: 500, 64: 510}, True: {1: 210, 32: 505, 64: 600}}, 0, 64, True),
+        ({False: {8: 200}, True: {8: 300}}, 8, 8, True),
+        ({False: {}, True: {}}, 0, 1, False),
+        ({False: {}}, 8, 8, False),
     ],
 )
-def test_the_choice(rates: Rates, asked: int, room: float, n: int, flash_attn: bool) -> None:
-    assert choose(rates, asked, room) == Parallelism(n=n, flash_attn=flash_attn)
+def test_the_choice(rates: Rates, asked: int, n: int, flash_attn: bool) -> None:
+    assert choose(rates, asked) == Parallelism(n=n, flash_attn=flash_attn)

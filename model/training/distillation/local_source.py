@@ -64,10 +64,7 @@ class LocalSource:
     def answers(self, prompts: list[Prompt], tick: Tick) -> Outcomes:
         """Yield the answers as they come."""
         options = self._options
-        max_length = self._max_length
-        if prompts and all(prompt.length for prompt in prompts):  # pieces of a known length
-            longest = options.prompt_tokens[1] + 1 + options.max_new_tokens
-            max_length = min(max_length, longest)
+        max_length = self._longest(prompts)
         parallel, base = self._context(len(prompts), max_length)
         dialogues = (
             Dialogue(prompt, self._model, self._encoder, self._template) for prompt in prompts
@@ -81,6 +78,18 @@ class LocalSource:
             ):  # fmt: skip
                 temperature = options.sampling(dialogue.prompt, 0).temperature
                 yield dialogue.prompt.id, dialogue.problem or dialogue.result(temperature)
+
+    def _longest(self, prompts: list[Prompt]) -> int:
+        """Return how many tokens the longest prompt and its answer may come to."""
+        longest = 1
+        for prompt in prompts:
+            users = [turn for turn in prompt.turns if turn["role"] == "user"]
+            if len(users) > 1:  # how long a conversation gets is not known before
+                return self._max_length
+            dialogue = Dialogue(prompt, self._model, self._encoder, self._template)
+            dialogue.ask(self._max_length)
+            longest = max(longest, len(dialogue.ids))
+        return min(self._max_length, longest + self._options.max_new_tokens)
 
     def answers_from(self, endpoint: Endpoint, prompts: list[Prompt], tick: Tick) -> Outcomes:
         """Yield an endpoint's answers, with the model's ids for them."""

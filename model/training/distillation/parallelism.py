@@ -22,7 +22,10 @@ from model.storage.facts import recall, remember, this_machine
 KIND = "distilling_parallelism"  # of what is remembered
 # Every fourth: kernels that take four rows at a time are slow on two and three.
 SIZES = (1, 4, 8, 16, 32, 64)
-CONTEXT = 224  # tokens of each sequence: a prompt and half an answer
+# Tokens of a sequence, from its prompt to its end: there are some of all lengths in a step. Without
+# flash attention every sequence costs what the longest does (benchmarks/results/NOTES.md).
+CONTEXTS = (48, 384)
+CELLS = 256  # each sequence's are rounded up to these, which llama.cpp does too
 # Steps of each size, and rounds over all sizes; the fastest step counts, as what disturbs makes
 # slower.
 N_TIMED = 3
@@ -31,7 +34,6 @@ BUDGET_S = 30.0  # sizes that would go beyond are left out
 WORSE = 0.85  # of the best rate: larger sizes are not tried any more
 AS_FAST = 0.97  # of the best rate: the smallest such size is taken
 MEMORY = 0.5  # of the machine's, which the KV cache may take
-_NAMES = {"off": False, "on": True}  # of flash attention
 
 
 Rates = dict[bool, dict[int, float]]  # tokens per second by flash attention and number of sequences
@@ -64,40 +66,31 @@ def measured_parallelism(
         return Parallelism(n=asked, flash_attn=flash_attn)
 
     # Remembered?
-    settings = (fingerprint, asked, n_threads, flash_attn, kv_type)
+    cells = -(-max_length // CELLS) * CELLS
+    settings = (fingerprint, asked, cells, n_threads, flash_attn, kv_type)
     machine = (version("llama-cpp-python"), this_machine())
     key = " ".join(map(str, (*settings, *machine)))
-    known = _read(recall(KIND).get(key))
+    rates = _read(recall(KIND).get(key))
 
     # Measure.
-    if known is None:
-        timer = _Timer(model, n_threads, kv_type)
+    if rates is None:
+        timer = _Timer(model, cells, n_threads, kv_type)
         kinds = (False, True) if flash_attn is None else (flash_attn,)
-        rates: Rates = {kind: {} for kind in kinds}
+        rates = {kind: {} for kind in kinds}
         for _ in range(ROUNDS):
             for kind in kinds:
                 for n, rate in timer.rates((asked,) if asked else SIZES, kind).items():
                     rates[kind][n] = max(rate, rates[kind].get(n, 0.0))
-        known = rates, timer.bytes_per_token
-        listed = {name: rates[kind] for name, kind in _NAMES.items() if kind in rates}
-        remember(KIND, key, {"rates": listed, "bytes_per_token": timer.bytes_per_token})
-    rates, bytes_per_token = known
-    memory = physical_memory() or float("inf")  # where the system doesn't tell
-    room = MEMORY * memory / max(1.0, bytes_per_token * max_length)
-    return choose(rates, asked, room)
+        remember(KIND, key, {_name(kind): of_kind for kind, of_kind in rates.items()})
+    return choose(rates, asked)
 
 
-def choose(rates: Rates, asked: int = 0, room: float = float("inf")) -> Parallelism:
-    """Return the smallest number that is about as fast as the fastest, at most `room`.
+def choose(rates: Rates, asked: int = 0) -> Parallelism:
+    """Return the smallest number that is about as fast as the fastest.
 
     Where nothing could be measured: one sequence, or as many as asked, without flash attention.
     """
-    measured = [
-        (rate, -n, kind)
-        for kind, of_kind in rates.items()
-        for n, rate in of_kind.items()
-        if n <= max(room, asked, 1)
-    ]
+    measured = [(rate, -n, kind) for kind, of_kind in rates.items() for n, rate in of_kind.items()]
     if not measured:
         return Parallelism(n=asked or 1, flash_attn=False)
     best, _, _ = max(measured)
@@ -106,34 +99,44 @@ def choose(rates: Rates, asked: int = 0, room: float = float("inf")) -> Parallel
     return Parallelism(n=-n, flash_attn=kind)
 
 
-def _read(kept: Any) -> tuple[Rates, float] | None:
-    """Return rates and the cache's bytes per token as they were remembered."""
+def _name(flash_attn: bool) -> str:
+    return "on" if flash_attn else "off"
+
+
+def _read(kept: Any) -> Rates | None:
+    """Return the rates as they were remembered."""
     try:
-        rates = {
-            _NAMES[name]: {int(n): float(rate) for n, rate in of_kind.items()}
-            for name, of_kind in kept["rates"].items()
+        return {
+            kind: {int(n): float(rate) for n, rate in kept[_name(kind)].items()}
+            for kind in (False, True)
+            if _name(kind) in kept
         }
-        return rates, float(kept["bytes_per_token"])
-    except (TypeError, KeyError, ValueError, AttributeError):  # not there, or damaged
+    except (TypeError, ValueError, AttributeError):  # not there, or damaged
         return None
 
 
 class _Timer:
-    """Steps of many sequences, each behind CONTEXT made-up tokens."""
+    """Steps of many sequences, each with so many cells, in them made-up tokens of CONTEXTS."""
 
-    def __init__(self, model: LlamaModel, n_threads: int, kv_type: str) -> None:
-        self.bytes_per_token = 0.0  # of the KV cache
+    def __init__(self, model: LlamaModel, cells: int, n_threads: int, kv_type: str) -> None:
         self._model = model
+        self._cells = cells
+        self._longest = min(CONTEXTS[1], cells - N_TIMED - 1)
+        self._bytes_per_token = 0.0  # of the KV cache
         self._n_threads = n_threads
         self._kv_type = kv_type
         self._end = perf_counter() + BUDGET_S
-        self._tokens = np.random.default_rng(0).integers(0, model.n_vocab, CONTEXT, np.int32)
+        random = np.random.default_rng(0)
+        self._tokens = random.integers(0, model.n_vocab, self._longest, np.int32)
 
     def rates(self, sizes: Sequence[int], flash_attn: bool) -> dict[int, float]:
         """Return tokens per second by number of sequences."""
         rates: dict[int, float] = {}
         step_s = 0.0
+        room = MEMORY * (physical_memory() or float("inf"))  # inf: where the system doesn't tell
         for n in sizes:
+            if n > 1 and n * self._cells * self._bytes_per_token > room:
+                break
             # The next size takes at most as many times longer as it has more rows.
             expected_s = (N_TIMED + 1) * step_s * n / max(rates, default=n)
             if perf_counter() + expected_s > self._end:
@@ -149,22 +152,27 @@ class _Timer:
 
     def _step_s(self, n: int, flash_attn: bool) -> float:
         """Return the seconds of a step of n sequences."""
-        length = CONTEXT + N_TIMED + 1
         with LlamaBase(
-            self._model, n_ctx=n * length, n_threads=self._n_threads, n_seq_max=n,
+            self._model, n_ctx=n * self._cells, n_threads=self._n_threads, n_seq_max=n,
             flash_attn=flash_attn, kv_type=self._kv_type, unified=False,
         ) as base:  # fmt: skip
-            base.prefill(self._tokens, 0, 0)
-            state = base.save_state(0)
-            self.bytes_per_token = state.nbytes / CONTEXT
-            for seq in range(1, n):
-                base.restore_state(seq, state)
+            # Sequence 0 grows; the others are what it was on the way.
+            shares = (np.arange(n) + 0.5) / n
+            lengths = np.interp(shares, (0, 1), (CONTEXTS[0], self._longest)).astype(np.int32)
+            done = 0
+            for seq, length in enumerate(lengths, 1):
+                base.prefill(self._tokens[done:length], done, 0)
+                done = int(length)
+                if seq < n:
+                    base.restore_state(seq, base.save_state(0))
+            self._bytes_per_token = base.state_bytes(0) / done
+            contexts = np.roll(lengths, 1)
             sequences = np.arange(n, dtype=np.int32)
+            tokens = np.resize(self._tokens, n)
             times = []
             for i in range(N_TIMED + 1):  # the first one makes llama.cpp's buffers
                 since = perf_counter()
-                base.decode(self._tokens[:n], np.full(n, CONTEXT + i, np.int32), sequences,
-                            outputs=True)  # fmt: skip
+                base.decode(tokens, contexts + i, sequences, outputs=True)
                 base.logits(n)
                 times.append(perf_counter() - since)
         return min(times[1:])
