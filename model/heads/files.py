@@ -192,7 +192,7 @@ def _check_fit(path: Path, config: HeadsConfig, facts: dict[str, Any], base: Bas
         raise HeadsError(f"{made_for} don't fit {base.name}: their tokenizers differ")
     if facts["base_fingerprint"] != base.file_fingerprint():
         file_type = facts["base_file_type"]
-        log.warning("%s in %s, used with %s in %s", made_for, file_type, base.name, base.file_type)
+        log.info("%s in %s, used with %s in %s", made_for, file_type, base.name, base.file_type)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
