@@ -26,7 +26,9 @@ _BLOCK = 256
 _SECOND = 1 << 40  # draws from here on are for tokens that a grammar made choose once more
 # temperatures below are greedy: e^(difference / T) would overflow or round to it anyway
 COLD = 1e-4
-_CANDIDATES = 256  # top-p sorts this many first; they nearly always hold the mass
+# Beside the likeliest: top-p sorts the tokens above the first of these bounds that hold its mass.
+_BOUNDS = (1e-2, 1e-4, 0.0)
+_SUMMED = 512  # a draw adds up so many tokens at a time, then goes through those of one sum
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,7 @@ class Sampler:
         self.params = params
         self._rng = np.random.default_rng(params.seed)
         self._draws: list[float] = []
+        self._shares = np.empty((0, _SUMMED), np.float32)
         self._grammar = grammar
         self.follows = params.penalized or grammar is not None
         self._shapes = params.penalized or bool(params.logit_bias)
@@ -168,33 +171,47 @@ class Sampler:
         if p.temperature < COLD:
             return int(logits.argmax())
         if p.top_k == 0 and p.top_p == 1 and not p.min_p:
-            mass = _mass(logits, p.temperature)
-            return int(mass.searchsorted(self._draw(index) * mass[-1], side="right"))
+            return self._draw_from(logits, self._draw(index))
         kept = self.kept(logits)
         mass = _mass(logits[kept], p.temperature)
         return int(kept[mass.searchsorted(self._draw(index) * mass[-1], side="right")])
+
+    def _draw_from(self, logits: Float32Array, draw: float) -> int:
+        """Return the token at which the cumulated probabilities pass a share 0 ≤ draw < 1.
+
+        The whole vocabulary is added up in sums, and only one of them is gone through. What it
+        takes in memory stays: new memory for each token took longer than the exponentials.
+        """
+        n = len(logits)
+        if self._shares.size < n:
+            self._shares = np.zeros((-(-n // _SUMMED), _SUMMED), np.float32)
+        shares = self._shares.reshape(-1)[:n]
+        np.multiply(logits, np.float32(1 / self.params.temperature), out=shares)
+        shares -= shares.max()
+        np.exp(shares, out=shares)
+        sums = self._shares.sum(axis=1, dtype=np.float64).cumsum()
+        goal = draw * sums[-1]
+        block = int(sums.searchsorted(goal, side="right"))
+        before = sums[block - 1] if block else 0.0
+        mass = self._shares[block].cumsum(dtype=np.float64)
+        last = int(mass.searchsorted(mass[-1]))  # that is possible: rounding must not pass it
+        within = int(mass.searchsorted(goal - before, side="right"))
+        return block * _SUMMED + min(within, last)
 
     def kept(self, logits: Float32Array) -> npt.NDArray[np.int64]:
         """Return the ids, ascending, that top-k, then top-p, then min-p leave."""
         p = self.params
         n = len(logits)
+        ids: npt.NDArray[np.int64] | None = None  # all
         if p.top_k and p.top_k < n:
             ids = np.argpartition(logits, n - p.top_k)[n - p.top_k :]
-        else:
-            ids = np.arange(n)
         if p.top_p < 1:
-            scaled = np.exp((logits[ids] - logits[ids].max()) / np.float32(p.temperature))
-            goal = p.top_p * float(scaled.sum(dtype=np.float64))
-            few = min(_CANDIDATES, len(ids))
-            best = np.argpartition(scaled, len(ids) - few)[len(ids) - few :]
-            if float(scaled[best].sum(dtype=np.float64)) < goal:
-                best = np.arange(len(ids))
-            best = best[np.argsort(-scaled[best], kind="stable")]
-            mass = np.cumsum(scaled[best], dtype=np.float64)
-            ids = ids[best[: int(mass.searchsorted(goal)) + 1]]
+            best = _nucleus(logits if ids is None else logits[ids], p.temperature, p.top_p)
+            ids = best if ids is None else ids[best]
         if p.min_p:
-            ids = ids[logits[ids] >= logits[ids].max() + p.temperature * np.log(p.min_p)]
-        return np.sort(ids)
+            bound = logits.max() + p.temperature * np.log(p.min_p)
+            ids = np.flatnonzero(logits >= bound) if ids is None else ids[logits[ids] >= bound]
+        return np.arange(n) if ids is None else np.sort(ids)
 
     def log_shares(self, logits: Float32Array) -> npt.NDArray[np.float64]:
         """Return the log probabilities (V,) that `choose` draws from, penalties left out.
@@ -245,6 +262,21 @@ def log_softmax(logits: Float32Array) -> npt.NDArray[np.float64]:
     wide = logits.astype(np.float64) - float(logits.max())
     shares: npt.NDArray[np.float64] = wide - np.log(np.exp(wide).sum())
     return shares
+
+
+def _nucleus(logits: Float32Array, temperature: float, top_p: float) -> npt.NDArray[np.int64]:
+    """Return the fewest ids, likeliest first, that hold a share top_p of the probability."""
+    scaled = logits - logits.max()
+    scaled *= np.float32(1 / temperature)
+    np.exp(scaled, out=scaled)
+    goal = top_p * float(scaled.sum(dtype=np.float64))
+    for bound in _BOUNDS:
+        ids = np.flatnonzero(scaled >= bound)
+        if float(scaled[ids].sum(dtype=np.float64)) >= goal:
+            break
+    ids = ids[np.argsort(-scaled[ids], kind="stable")]
+    mass = np.cumsum(scaled[ids], dtype=np.float64)
+    return ids[: int(mass.searchsorted(goal)) + 1]
 
 
 def _mass(logits: Float32Array, temperature: float) -> npt.NDArray[np.float64]:

@@ -172,3 +172,38 @@ def test_the_margin_is_no_overestimate() -> None:
 def test_bad_parameters_are_named(bad: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=next(iter(bad))):
         SamplingParams(**bad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [1, 511, 512, 513, 5000])
+@pytest.mark.parametrize("temperature", [0.3, 1.5])
+def test_draws_by_sums_are_those_of_the_whole_cumulated_distribution(
+    n: int, temperature: float
+) -> None:
+    logits = np.random.default_rng(n).normal(0, 4, n).astype(np.float32)
+    shares = np.exp((logits.astype(np.float64) - logits.max()) / temperature)
+    cumulated = shares.cumsum() / shares.sum()
+    sampler = Sampler(SamplingParams(temperature=temperature))
+    draws = [*np.random.default_rng(0).random(300), 0.0, 1 - 1e-16]
+    for draw in draws:
+        token = sampler._draw_from(logits, draw)
+        expected = min(int(cumulated.searchsorted(draw, side="right")), n - 1)
+        near = abs(cumulated[[max(token - 1, 0), token]] - draw).min() < 1e-5  # f32 exponentials
+        assert token == expected or near
+        assert shares[token] > 0
+    # Only the last token is possible, whatever is drawn.
+    alone = np.full(n, -1e9, np.float32)
+    alone[-1] = 0.0
+    assert {sampler._draw_from(alone, draw) for draw in draws} == {n - 1}
+
+
+def test_a_nucleus_is_the_likeliest_tokens_however_flat_they_are() -> None:
+    rng = np.random.default_rng(1)
+    for spread, top_p in [(0.01, 0.9), (2.0, 0.95), (8.0, 0.5), (8.0, 0.999)]:
+        logits = rng.normal(0, spread, 3000).astype(np.float32)
+        shares = np.exp(logits.astype(np.float64))
+        order = np.argsort(-shares)
+        mass = shares[order].cumsum() / shares.sum()
+        expected = order[: int(mass.searchsorted(top_p)) + 1]
+        found = Sampler(SamplingParams(temperature=1.0, top_p=top_p)).kept(logits)
+        assert abs(len(found) - len(expected)) <= 1
+        assert len(set(found) ^ set(expected)) <= 1
