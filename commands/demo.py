@@ -68,7 +68,7 @@ def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
     tiny.close()
 
     # 3. A chat model, which does what people ask of one.
-    if settings.model_path == BUNDLED:
+    if settings.model_path.resolve() == BUNDLED:
         why = "no chat model is installed; `make setup` fetches one, SmolLM2 (98 MB)"
         if "model_path" in settings.model_fields_set:
             why = f"MODEL_PATH names {BUNDLED.name}, which is no chat model"

@@ -120,7 +120,7 @@ def train(
         contextlib.ExitStack() as opened,
     ):
         # The model: can it be loaded, rolled back, and read with the LM head that the file holds?
-        file = check_loads(model_file(options.base_model_path))
+        file = check_loads(Path(options.base_model_path))
         run = Setup(
             options=options,
             settings=settings,
@@ -338,7 +338,7 @@ def train_for_hours(options: TrainOptions) -> TrainResult:
         raise UsageError("--hours: for one process; under torchrun, distil first and train then")
     if options.resume_from:
         raise UsageError("--hours: goes on by itself in its --output_dir; leave --resume_from out")
-    file = check_loads(model_file(options.base_model_path))
+    file = check_loads(Path(options.base_model_path))
     folder = choose_output_dir(options, file, HEADS_FOLDER)
     require_writable(folder)
     with WriterLock(folder / FOLDER):
@@ -384,9 +384,9 @@ def report(result: TrainResult, base_model: str, *, timed: bool) -> None:
 def main(**values: Any) -> None:
     """Train draft heads for a GGUF file."""
     options = TrainOptions(**values)
-    if not options.base_model_path:
-        options = replace(options, base_model_path=str(Settings.load().model_path))
-    options = with_absolute_paths(options)
+    base = options.base_model_path
+    path = model_file(base) if base else Settings.load().model_path
+    options = with_absolute_paths(replace(options, base_model_path=str(path)))
     result = train_for_hours(options) if options.hours else train(options)
     if ranks_asked_for().first:
         report(result, options.base_model_path, timed=options.hours > 0)

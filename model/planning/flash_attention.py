@@ -6,13 +6,14 @@ Knows no drafts.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from functools import partial
 from importlib.metadata import version
 from math import log
 from statistics import median
-from time import perf_counter
 
 from model.base.llama import QUANTIZED_KV, has_gpu
+from model.errors import ModelFileError
 from model.loaded_model import LoadedModel
 from model.planning.measured_steps import StepTimer
 from model.storage.facts import recall, remember, this_machine
@@ -21,7 +22,7 @@ from model.trees.slices import Slices, undisturbed
 KIND = "flash_attention"  # of what is remembered
 CONTEXTS = (64, 512)  # tokens in the cache
 ROUNDS = 8
-MAX_PREFILL_S = 3.0  # a longer context that takes longer to fill is left out
+SLOW_S = 0.1  # a step; the longer context of such a model takes too long to be filled
 
 
 def choose_flash_attention(loaded: LoadedModel, *, afresh: bool = False) -> Slices[None]:
@@ -54,23 +55,25 @@ def _is_faster(loaded: LoadedModel) -> Slices[bool]:
     """Time plain steps with and without, in turn, over a short and a long context."""
     contexts = sorted({max(2, min(context, loaded.context // 2)) for context in CONTEXTS})
     n_ctx = contexts[-1] + 1
-    with (
-        loaded.new_base(n_ctx=n_ctx, flash_attn=False) as without,
-        loaded.new_base(n_ctx=n_ctx, flash_attn=True) as using,
-    ):
-        timers = {False: StepTimer(without), True: StepTimer(using)}
+    with ExitStack() as opened:
+        timers = dict[bool, StepTimer]()
+        try:
+            for kind in (False, True):
+                base = opened.enter_context(loaded.new_base(n_ctx=n_ctx, flash_attn=kind))
+                timers[kind] = StepTimer(base)
+        except ModelFileError:  # this model cannot be run so, or there is no memory for both
+            return False
         gain = 0.0
-        prefill_s = 0.0  # a token
+        step_s = 0.0
         for context in contexts:
-            if prefill_s * context > MAX_PREFILL_S:
+            if step_s > SLOW_S:
                 break
             for timer in timers.values():
-                began = perf_counter()
                 yield from timer.prefill(context)
-                prefill_s = (perf_counter() - began) / context
             times: dict[bool, list[float]] = {False: [], True: []}
             for _ in range(ROUNDS):
                 for kind, timer in timers.items():
                     times[kind].append((yield from undisturbed(partial(timer.run, 1, context))))
-            gain += log(median(times[False]) / median(times[True]))
+            step_s = median(times[False])
+            gain += log(step_s / median(times[True]))
     return gain > 0

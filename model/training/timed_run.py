@@ -171,7 +171,7 @@ class TimedRun:
     def _try_training(self, amount: Amount) -> Costs:
         """Train for a moment, in a folder that goes again; return what a token costs."""
         click.echo("trial   a few steps, to know what they cost")
-        folder = self._folder / "trial"
+        folder = self._folder / ".trial"  # a name in which nobody looks for heads
         options = replace(
             self._options, dataset_name=str(self._answers), output_dir=str(folder),
             cache_dir=str(folder / "states"), max_tokens=TRIAL_TOKENS, report_to="none",
@@ -212,6 +212,9 @@ class TimedRun:
             output_dir=str(self._output_dir),
             hours=0.0,
         )
-        if goes_on and (self._output_dir / "medusa_heads_latest").exists():
+        latest = self._output_dir / "medusa_heads_latest"
+        if goes_on and latest.exists():
             options = replace(options, resume_from=str(self._output_dir))
+        else:  # those of a run on fewer answers
+            shutil.rmtree(latest, ignore_errors=True)
         return self._train(options, time.monotonic() + self._left_s)

@@ -55,7 +55,7 @@ class FakeTimer:
 
     def run(self, n: int, context: int) -> float:
         assert n == 1, "plain steps"
-        return self._seconds[context]
+        return self._seconds[context] / 100
 
 
 @pytest.fixture

@@ -149,7 +149,8 @@ def test_the_fastest_batches_are_measured_once_and_used(
     best = Batching(n_batch=128, flash_attn=True)
     timed = list[Batching]()
 
-    def seconds(open: object, tried: Batching) -> float:
+    def seconds(make: object, tried: Batching, n_tokens: int) -> float:
+        assert n_tokens == 64
         timed.append(tried)
         return 1.0 if tried == best else 2.0
 
@@ -174,7 +175,7 @@ def test_the_fastest_batches_are_measured_once_and_used(
         assert (slow.n_batch, slow.flash_attn, len(timed)) == (512, False, 1)
     monkeypatch.setattr(batching, "_seconds", measured)
     monkeypatch.setattr(batching, "MAX_S", 60.0)
-    with open_base(model, 64, 1, fingerprint="two") as real:
+    with open_base(model, 64, 1, fingerprint="three") as real:
         assert real.n_batch in batching.SIZES and real.flash_attn is not None
 
 

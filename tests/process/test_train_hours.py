@@ -55,7 +55,7 @@ def test_a_gguf_alone_gives_heads_in_the_time_that_is_given(
     config = json.loads((out / "medusa_heads_best" / "config.json").read_text())
     assert config["training"]["tokens"] == amount_of(answers).tokens
     assert load_heads(out / "medusa_heads_best", GGUFFile(foreign_gguf))
-    assert not (out / "timed_run" / "trial").exists()
+    assert not (out / "timed_run" / ".trial").exists()
     assert not list(out.glob("medusa_heads_epoch_*"))
 
     # The same time again is spent; another run is not overwritten.

@@ -30,7 +30,7 @@ CELLS = 256  # each sequence's are rounded up to these, which llama.cpp does too
 # slower.
 N_TIMED = 3
 ROUNDS = 2
-BUDGET_S = 30.0  # sizes that would go beyond are left out
+BUDGET_S = 48.0  # sizes that would go beyond are left out
 WORSE = 0.85  # of the best rate: larger sizes are not tried any more
 AS_FAST = 0.97  # of the best rate: the smallest such size is taken
 MEMORY = 0.5  # of the machine's, which the KV cache may take
@@ -77,9 +77,10 @@ def measured_parallelism(
         timer = _Timer(model, cells, n_threads, kv_type)
         kinds = (False, True) if flash_attn is None else (flash_attn,)
         rates = {kind: {} for kind in kinds}
+        budget_s = BUDGET_S / (ROUNDS * len(kinds))
         for _ in range(ROUNDS):
             for kind in kinds:
-                for n, rate in timer.rates((asked,) if asked else SIZES, kind).items():
+                for n, rate in timer.rates((asked,) if asked else SIZES, kind, budget_s).items():
                     rates[kind][n] = max(rate, rates[kind].get(n, 0.0))
         remember(KIND, key, {_name(kind): of_kind for kind, of_kind in rates.items()})
     return choose(rates, asked)
@@ -121,16 +122,16 @@ class _Timer:
     def __init__(self, model: LlamaModel, cells: int, n_threads: int, kv_type: str) -> None:
         self._model = model
         self._cells = cells
-        self._longest = min(CONTEXTS[1], cells - N_TIMED - 1)
+        self._longest = min(CONTEXTS[1], min(cells, model.n_ctx_train) - N_TIMED - 1)
         self._bytes_per_token = 0.0  # of the KV cache
         self._n_threads = n_threads
         self._kv_type = kv_type
-        self._end = perf_counter() + BUDGET_S
         random = np.random.default_rng(0)
         self._tokens = random.integers(0, model.n_vocab, self._longest, np.int32)
 
-    def rates(self, sizes: Sequence[int], flash_attn: bool) -> dict[int, float]:
-        """Return tokens per second by number of sequences."""
+    def rates(self, sizes: Sequence[int], flash_attn: bool, budget_s: float) -> dict[int, float]:
+        """Return tokens per second by number of sequences, of those that the time allows."""
+        end = perf_counter() + budget_s
         rates: dict[int, float] = {}
         step_s = 0.0
         room = MEMORY * (physical_memory() or float("inf"))  # inf: where the system doesn't tell
@@ -139,7 +140,7 @@ class _Timer:
                 break
             # The next size takes at most as many times longer as it has more rows.
             expected_s = (N_TIMED + 1) * step_s * n / max(rates, default=n)
-            if perf_counter() + expected_s > self._end:
+            if perf_counter() + expected_s > end:
                 break
             try:
                 step_s = self._step_s(n, flash_attn)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from model.base.llama import QUANTIZED_KV, LlamaBase, has_gpu
+from model.errors import ModelFileError
 from model.storage.facts import recall, remember, this_machine
 
 KIND = "extraction"  # of what is remembered
@@ -22,7 +23,7 @@ N_BATCH = 512  # tokens per decode: llama.cpp keeps the logits of every one (262
 SIZES = (N_BATCH, 128)
 N_TOKENS = 512  # of the made-up text that is timed
 ROUNDS = 2
-MAX_S = 10.0  # a model that takes longer for one text is not timed
+MAX_S = 10.0  # where one text takes longer, no further way is timed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,14 +34,23 @@ class Batching:
     flash_attn: bool | None = None
 
 
-# open(batching, n_ctx) → the context that states are extracted in.
-Open = Callable[[Batching, int], LlamaBase]
+# make(batching, n_ctx) → the context that states are extracted in.
+Make = Callable[[Batching, int], LlamaBase]
 
 
 def fastest_batching(
-    open: Open, fingerprint: str, *, n_threads: int, flash_attn: bool | None, kv_type: str
+    make: Make,
+    fingerprint: str,
+    *,
+    max_length: int,
+    n_threads: int,
+    flash_attn: bool | None,
+    kv_type: str,
 ) -> Batching:
-    """Return the remembered choice, or measure it. flash_attn: None: as is faster, on CPUs."""
+    """Return the remembered choice, or measure it on texts of at most max_length tokens.
+
+    flash_attn: None: as is faster, on CPUs.
+    """
     kinds = [flash_attn]
     if flash_attn is None and kv_type not in QUANTIZED_KV and not has_gpu():
         kinds = [False, True]
@@ -52,22 +62,27 @@ def fastest_batching(
         pass
     batchings = [Batching(n_batch=n, flash_attn=kind) for kind in kinds for n in SIZES]
     times = dict.fromkeys(batchings, float("inf"))
+    n_tokens = min(N_TOKENS, max_length)
     for _, batching in itertools.product(range(ROUNDS), batchings):
-        times[batching] = min(times[batching], _seconds(open, batching))
+        try:
+            seconds = _seconds(make, batching, n_tokens)
+        except ModelFileError:  # this model cannot be run so
+            continue
+        times[batching] = min(times[batching], seconds)
         if times[batching] > MAX_S:
-            return batchings[0]
+            break
     best = min(batchings, key=times.__getitem__)
     remember(KIND, key, asdict(best))
     return best
 
 
-def _seconds(open: Open, batching: Batching) -> float:
+def _seconds(make: Make, batching: Batching, n_tokens: int) -> float:
     """Return how long the states of a made-up text take."""
-    with open(batching, N_TOKENS) as base:
+    with make(batching, n_tokens) as base:
         random: Any = np.random.default_rng(0)
-        tokens = random.integers(0, base.n_vocab, N_TOKENS, np.int32)
+        tokens = random.integers(0, base.n_vocab, n_tokens, np.int32)
         began = perf_counter()
-        for start in range(0, N_TOKENS, base.n_batch):
+        for start in range(0, n_tokens, base.n_batch):
             batch = tokens[start : start + base.n_batch]
             base.decode(batch, start, 0, outputs=True)
             base.hidden(len(batch))

@@ -84,7 +84,12 @@ def open_base(
     batching = Batching(flash_attn=flash_attn)
     if fingerprint:
         batching = fastest_batching(
-            opened, fingerprint, n_threads=n_threads, flash_attn=flash_attn, kv_type=kv_type
+            opened,
+            fingerprint,
+            max_length=max_length,
+            n_threads=n_threads,
+            flash_attn=flash_attn,
+            kv_type=kv_type,
         )
     # A full batch beside a sample that began in an earlier one.
     return opened(batching, max_length + batching.n_batch)
