@@ -20,7 +20,7 @@ from model.storage.facts import recall, remember, this_machine
 from model.trees.slices import Slices, undisturbed
 
 KIND = "flash_attention"  # of what is remembered
-CONTEXTS = (64, 512)  # tokens in the cache
+CONTEXTS = (64, 256)  # tokens in the cache: the begin and the middle of a short chat
 ROUNDS = 8
 SLOW_S = 0.1  # a step; the longer context of such a model takes too long to be filled
 
