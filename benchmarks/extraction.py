@@ -92,13 +92,12 @@ def main(
     model = LlamaModel(file.path, n_gpu_layers=settings.n_gpu_layers)
     length = min(max_length, file.context_length)
     samples = make_samples(read_documents(""), model, ChatTemplate(None), length, tokens)
-    reader = open_base(model, max_length, settings.n_threads, fingerprint=file.file_fingerprint())
+    reader = open_base(model, max_length, settings.n_threads)
     options: dict[str, Any] = {
         "n_ctx": reader.n_ctx,
         "n_threads": settings.n_threads,
         "n_seq_max": reader.n_seq_max,
         "n_batch": reader.n_batch,
-        "flash_attn": reader.flash_attn,
     }
     without = LlamaBase(model, **options)
     with_lm_head = LlamaBase(model, embeddings=True, **options)
@@ -128,8 +127,6 @@ def main(
         "cache_dtype": cache_dtype,
         "max_length": max_length,
         "threads": settings.n_threads,
-        "n_batch": reader.n_batch,
-        "flash_attention": reader.flash_attn,
         "runs": runs,
         "plain_tokens_per_s": round(plain_rate, 1),
         "extraction_tokens_per_s": round(extraction_rate, 1),

@@ -237,11 +237,8 @@ def open_states(
     settings = run.settings
 
     def base() -> LlamaBase:
-        # Of several processes each would disturb the others' measurement.
-        alone = run.ranks.count == 1
         return open_base(
             model, run.max_length, run.threads,
-            fingerprint=run.file.file_fingerprint() if alone else "",
             flash_attn=settings.flash_attn, kv_type=settings.kv_type,
         )  # fmt: skip
 

@@ -25,11 +25,9 @@ import torch
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.errors import ContextError, DataError, OutputError
-from model.storage import facts
 from model.training.data.samples import Sample
 from model.training.ranks import Ranks
-from model.training.states import batching, streamed_states
-from model.training.states.batching import Batching
+from model.training.states import streamed_states
 from model.training.states.cached_states import CachedStates, cached_states
 from model.training.states.extraction import decode_states, open_base, pack
 from model.training.states.manifest import CacheKey
@@ -139,44 +137,6 @@ def test_cached_states_are_the_models_own(model: LlamaModel, tmp_path: Path, dty
     assert len(list((tmp_path / "c").glob("*.safetensors"))) > 1
     manifest = json.loads((tmp_path / "c" / "manifest.json").read_text())
     assert [n for shard in manifest["shards"] for n in shard["lengths"]] == LENGTHS
-
-
-def test_the_fastest_batches_are_measured_once_and_used(
-    model: LlamaModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(facts, "folder", lambda: tmp_path)
-    monkeypatch.setattr(batching, "has_gpu", lambda: False)
-    best = Batching(n_batch=128, flash_attn=True)
-    timed = list[Batching]()
-
-    def seconds(make: object, tried: Batching, n_tokens: int) -> float:
-        assert n_tokens == 64
-        timed.append(tried)
-        return 1.0 if tried == best else 2.0
-
-    def opened(**more: Any) -> Batching:
-        with open_base(model, 64, 1, fingerprint="one", **more) as base:
-            return Batching(n_batch=base.n_batch, flash_attn=base.flash_attn)
-
-    measured = batching._seconds
-    monkeypatch.setattr(batching, "_seconds", seconds)
-    assert opened() == opened() == best
-    assert len(timed) == 4 * batching.ROUNDS and len(set(timed)) == 4
-
-    # Asked for, or needed for the cache's type.
-    assert opened(flash_attn=False).flash_attn is False
-    assert opened(kv_type="q8_0").flash_attn is None
-    assert {tried.flash_attn for tried in timed[8:]} == {False, None}
-
-    # Too slow to be timed, and real times.
-    monkeypatch.setattr(batching, "MAX_S", 0.5)
-    timed.clear()
-    with open_base(model, 64, 1, fingerprint="two") as slow:
-        assert (slow.n_batch, slow.flash_attn, len(timed)) == (512, False, 1)
-    monkeypatch.setattr(batching, "_seconds", measured)
-    monkeypatch.setattr(batching, "MAX_S", 60.0)
-    with open_base(model, 64, 1, fingerprint="three") as real:
-        assert real.n_batch in batching.SIZES and real.flash_attn is not None
 
 
 def test_streamed_states_equal_cached_ones_and_start_anywhere(model: LlamaModel) -> None:

@@ -66,6 +66,12 @@ def command(gguf: Path, prompts: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+@pytest.fixture(autouse=True)
+def _no_flash_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the references have none; otherwise it is measured in each cache folder."""
+    monkeypatch.setenv("FLASH_ATTENTION", "off")
+
+
 def run(*arguments: Any) -> Result:
     result = CliRunner().invoke(distill.main, command(*arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -167,10 +173,9 @@ def test_circles_are_cut_unless_they_are_wanted(bundled_gguf: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_a_stopped_run_goes_on_to_the_same_answers(
-    foreign_gguf: Path, tmp_path: Path, end: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    foreign_gguf: Path, tmp_path: Path, end: signal.Signals
 ) -> None:
     """As a user does it: script, kill or Ctrl-C, the same command again, from other directories."""
-    monkeypatch.setenv("FLASH_ATTENTION", "off")  # measured in each cache folder otherwise
     prompts, whole, out = tmp_path / "p.json", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
     prompts.write_text(json.dumps([{"prompt": f"x{i} = "} for i in range(60)]))
     more = ("--parallel", "2", "--max_new_tokens", "40")

@@ -87,7 +87,8 @@ class LocalSource:
             if len(users) > 1:  # how long a conversation gets is not known before
                 return self._max_length
             dialogue = Dialogue(prompt, self._model, self._encoder, self._template)
-            dialogue.ask(self._max_length)
+            if not dialogue.ask(self._max_length):  # which is said when its turn comes
+                return self._max_length
             longest = max(longest, len(dialogue.ids))
         return min(self._max_length, longest + self._options.max_new_tokens)
 

@@ -17,11 +17,11 @@ from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.base.state_reader import StateReader, reads_states
 from model.training.data.samples import Sample
-from model.training.states.batching import Batching, fastest_batching
 
 Rows = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int32]
 
+N_BATCH = 512  # tokens per decode: llama.cpp keeps the logits of every one (262 MB at V=128k)
 N_SEQ = 32  # sequences per decode at most; short samples share a batch
 
 
@@ -58,41 +58,22 @@ def open_base(
     max_length: int,
     n_threads: int,
     *,
-    fingerprint: str = "",
     flash_attn: bool | None = None,
     kv_type: str = "f16",
 ) -> LlamaBase:
-    """Return the context that states are extracted in: without the LM head wherever that works.
-
-    fingerprint: of the file, to measure and remember which batches are fastest; "": the usual ones.
-    """
-    reads = reads_states(model, n_threads)
-
-    def opened(batching: Batching, n_ctx: int) -> LlamaBase:
-        options: dict[str, Any] = {
-            "n_ctx": n_ctx,
-            "n_threads": n_threads,
-            "n_seq_max": N_SEQ,
-            "n_batch": batching.n_batch,
-            "flash_attn": batching.flash_attn,
-            "kv_type": kv_type,
-        }
-        if reads:
-            return StateReader(model, **options)
-        return LlamaBase(model, embeddings=True, **options)
-
-    batching = Batching(flash_attn=flash_attn)
-    if fingerprint:
-        batching = fastest_batching(
-            opened,
-            fingerprint,
-            max_length=max_length,
-            n_threads=n_threads,
-            flash_attn=flash_attn,
-            kv_type=kv_type,
-        )
-    # A full batch beside a sample that began in an earlier one.
-    return opened(batching, max_length + batching.n_batch)
+    """Return the context that states are extracted in: without the LM head wherever that works."""
+    n_ctx = max_length + N_BATCH  # a full batch beside a sample that began in an earlier one
+    options: dict[str, Any] = {
+        "n_ctx": n_ctx,
+        "n_threads": n_threads,
+        "n_seq_max": N_SEQ,
+        "n_batch": N_BATCH,
+        "flash_attn": flash_attn,
+        "kv_type": kv_type,
+    }
+    if reads_states(model, n_threads):
+        return StateReader(model, **options)
+    return LlamaBase(model, embeddings=True, **options)
 
 
 @dataclass(frozen=True)
