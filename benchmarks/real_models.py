@@ -226,24 +226,20 @@ def main(
     names = [Path(part).name if part.endswith(".gguf") else part for part in sys.argv[1:]]
     command = " ".join(["python benchmarks/real_models.py", *names])
     write_json(out / "real_models.json", {"command": command, "files": results})
-    lines = [
-        markdown_row(each["file"], line)
-        for each in results
-        for rows in each["rows"].values()
-        for line in rows
+    named = [
+        (each["file"], line) for each in results for rows in each["rows"].values() for line in rows
     ]
+    lines = [markdown_row(file, line) for file, line in named]
     kinds = list(dict.fromkeys(task.kind for task in tasks))
     by_kind = [
         f"| file | T | way, ÷ this, plain | {' | '.join(kinds)} |",
         "|---|---|---|" + "---|" * len(kinds),
     ]
     by_kind += [
-        f"| {each['file']} | {line['temperature']} | {line['way']} | "
+        f"| {file} | {line['temperature']} | {line['way']} | "
         + " | ".join(f"{line['against_plain_by_kind'][kind]:.2f}" for kind in kinds)
         + " |"
-        for each in results
-        for rows in each["rows"].values()
-        for line in rows
+        for file, line in named
     ]
     memory = [f"{each['file']}: {each['memory_mib']:.0f} MiB" for each in results]
     text = "\n".join(

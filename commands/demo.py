@@ -13,7 +13,7 @@ import click
 
 from commands.common import load_model, make_requests, open_decoder, say_if_none
 from config import Settings
-from model.base.chat import chosen_template
+from model.base.chat import ChatTemplate, chosen_template
 from model.base.known_models import BUNDLED
 from model.decoding.sampling import SamplingParams
 from model.evaluation.speed_report import rows_of, table
@@ -63,7 +63,7 @@ def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
     # 2. The bundled model, which goes on with Python.
     click.echo(f"\n2. Plain and drafted decoding, in turn: {BUNDLED.name} goes on with Python")
     tiny = load_model(settings.model_copy(update={"model_path": BUNDLED}), heads)
-    compared(tiny, in_turn(read_tasks(PYTHON))[:n_prompts], max_tokens)
+    compared(tiny, in_turn(read_tasks(PYTHON))[:n_prompts], None, max_tokens)
     click.echo(f"curves of the training: {os.path.relpath(output / 'training.png')}")
     tiny.close()
 
@@ -75,11 +75,12 @@ def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
         click.echo(f"\n3. Skipped: {why}")
     else:
         loaded = load_model(settings)
-        say_if_none(loaded, chosen_template(loaded.file.metadata, "auto"), "auto")
+        template = chosen_template(loaded.file.metadata, "auto")
+        say_if_none(loaded, template, "auto")
         click.echo(f"\n3. The same with a chat model: {loaded.file.name} does four kinds of tasks")
         tasks = [task for task in read_tasks(TASKS) if task.kind in KINDS]
-        result = compared(loaded, in_turn(tasks)[:n_prompts], max_tokens)
-        click.echo("\n" + what_pays(loaded, result))
+        result = compared(loaded, in_turn(tasks)[:n_prompts], template, max_tokens)
+        click.echo("\n" + what_pays(loaded, template, result))
         loaded.close()
     click.echo(f"\n{NEXT}")
 
@@ -104,11 +105,12 @@ def trained(minutes: float, output: Path) -> Path:
     return result.best
 
 
-def compared(loaded: LoadedModel, tasks: Sequence[Task], max_tokens: int) -> dict[str, Any]:
+def compared(
+    loaded: LoadedModel, tasks: Sequence[Task], template: ChatTemplate | None, max_tokens: int
+) -> dict[str, Any]:
     """Generate plain and drafted, in turn; show the first output of each kind, and the table."""
     from model.evaluation.speed import compare
 
-    template = chosen_template(loaded.file.metadata, "auto")
     requests = make_requests(loaded, tasks, template, max_tokens, SamplingParams())
     kinds = [task.kind for task in tasks]
     with open_decoder(loaded, SamplingParams(), template) as decoder:
@@ -133,13 +135,12 @@ def show(task: Task, answer: str, *, chat: bool) -> None:
         click.echo(f"  {line}")
 
 
-def what_pays(loaded: LoadedModel, result: dict[str, Any]) -> str:
+def what_pays(loaded: LoadedModel, template: ChatTemplate | None, result: dict[str, Any]) -> str:
     """Say what drafts bring on this machine, and what they would where steps cost something else.
 
     result: of `compare`, at temperature 0.
     """
     # Remembered: the comparison has measured it.
-    template = chosen_template(loaded.file.metadata, "auto")
     trial = trial_requests(loaded, SamplingParams(), template)
     tuning = finish(tuned(loaded, trial, heads=loaded.heads_path is not None))
     curve = tuning.curve

@@ -186,9 +186,7 @@ class Sampler:
         if self._shares.size < n:
             self._shares = np.zeros((-(-n // _SUMMED), _SUMMED), np.float32)
         shares = self._shares.reshape(-1)[:n]
-        np.multiply(logits, np.float32(1 / self.params.temperature), out=shares)
-        shares -= shares.max()
-        np.exp(shares, out=shares)
+        _exponentials(logits, self.params.temperature, out=shares)
         sums = self._shares.sum(axis=1, dtype=np.float64).cumsum()
         goal = draw * sums[-1]
         block = int(sums.searchsorted(goal, side="right"))
@@ -266,9 +264,7 @@ def log_softmax(logits: Float32Array) -> npt.NDArray[np.float64]:
 
 def _nucleus(logits: Float32Array, temperature: float, top_p: float) -> npt.NDArray[np.int64]:
     """Return the fewest ids, likeliest first, that hold a share top_p of the probability."""
-    scaled = logits - logits.max()
-    scaled *= np.float32(1 / temperature)
-    np.exp(scaled, out=scaled)
+    scaled = _exponentials(logits, temperature)
     goal = top_p * float(scaled.sum(dtype=np.float64))
     for bound in _BOUNDS:
         ids = np.flatnonzero(scaled >= bound)
@@ -281,7 +277,13 @@ def _nucleus(logits: Float32Array, temperature: float, top_p: float) -> npt.NDAr
 
 def _mass(logits: Float32Array, temperature: float) -> npt.NDArray[np.float64]:
     """Return the cumulated, unnormalised probabilities (V,)."""
-    scaled = logits * np.float32(1 / temperature)
+    return _exponentials(logits, temperature).cumsum(dtype=np.float64)
+
+
+def _exponentials(
+    logits: Float32Array, temperature: float, out: Float32Array | None = None
+) -> Float32Array:
+    """Return the unnormalised probabilities (V,), 1 for the likeliest; out: where they go."""
+    scaled = np.multiply(logits, np.float32(1 / temperature), out=out)
     scaled -= scaled.max()
-    np.exp(scaled, out=scaled)
-    return scaled.cumsum(dtype=np.float64)
+    return np.exp(scaled, out=scaled)

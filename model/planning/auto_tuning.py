@@ -25,7 +25,7 @@ from model.planning.cool_down import RETRY_SPEEDUP
 from model.planning.measured_acceptance import RANKS, measured_acceptance
 from model.planning.measured_steps import draft_seconds, step_curve
 from model.planning.sources import ContinuationSource, TreeSource
-from model.storage.facts import recall, remember, this_machine
+from model.storage.facts import key_here, recall, remember
 from model.trees.costs import CostCurve
 from model.trees.search import TreeChoice, all_choices, grow
 from model.trees.slices import Slices
@@ -150,7 +150,7 @@ def _key(
     if n_heads:  # what was learnt and how well it guesses, whenever it was written
         facts = {name: fact for name, fact in loaded.heads_facts.items() if name != "token_counts"}
         weights = _short_hash(facts)
-    parts = (
+    return key_here(
         loaded.file.file_fingerprint(),
         weights,
         n_heads,
@@ -159,11 +159,8 @@ def _key(
         # A prompt cache costs no step anything.
         replace(loaded.options, prompt_cache_mb=0, flash_attn=loaded.flash_attn),
         sampling,
-        version("llama-cpp-python"),
         version("torch"),
-        this_machine(),
     )
-    return " ".join(map(str, parts))
 
 
 def _short_hash(data: Any) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from functools import partial
-from importlib.metadata import version
 from math import log
 from statistics import median
 
@@ -16,7 +15,7 @@ from model.base.llama import QUANTIZED_KV, has_gpu
 from model.errors import ModelFileError
 from model.loaded_model import LoadedModel
 from model.planning.measured_steps import StepTimer
-from model.storage.facts import recall, remember, this_machine
+from model.storage.facts import key_here, recall, remember
 from model.trees.slices import Slices, undisturbed
 
 KIND = "flash_attention"  # of what is remembered
@@ -34,15 +33,8 @@ def choose_flash_attention(loaded: LoadedModel, *, afresh: bool = False) -> Slic
     is_open = loaded.flash_attn is None and loaded.options.kv_type not in QUANTIZED_KV
     if not is_open or has_gpu() or not loaded.base_model.can_roll_back:
         return
-    key = " ".join(
-        (
-            loaded.file.file_fingerprint(),
-            str(loaded.options.n_threads),
-            loaded.options.kv_type,
-            version("llama-cpp-python"),
-            this_machine(),
-        )
-    )
+    options = loaded.options
+    key = key_here(loaded.file.file_fingerprint(), options.n_threads, options.kv_type)
     known = None if afresh else recall(KIND).get(key)
     if not isinstance(known, bool):
         yield  # so far nothing has taken long

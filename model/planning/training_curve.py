@@ -5,12 +5,10 @@ Knows neither heads nor training.
 
 from __future__ import annotations
 
-from importlib.metadata import version
-
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.planning.measured_steps import SEQ_IDS, time_steps
-from model.storage.facts import recall, remember, this_machine
+from model.storage.facts import key_here, recall, remember
 from model.trees.costs import SIZES, CostCurve
 from model.trees.slices import finish
 
@@ -34,9 +32,7 @@ def training_curve(
     its first validation still comes to the same tree.
     """
     # Remembered?
-    settings = (fingerprint, max_nodes, n_threads, flash_attn, kv_type)
-    machine = (version("llama-cpp-python"), this_machine())
-    key = " ".join(map(str, (*settings, *machine)))
+    key = key_here(fingerprint, max_nodes, n_threads, flash_attn, kv_type)
     kept = CostCurve.from_json(recall(KIND).get(key))
     if kept is not None:
         return kept

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import platform
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,11 @@ def folder() -> Path:
 def this_machine() -> str:
     """Return what a fact that holds on this machine alone has in its key."""
     return f"{platform.node()} {platform.processor()}"
+
+
+def key_here(*settings: Any) -> str:
+    """Return the key of a fact that holds for these settings, this llama.cpp and this machine."""
+    return " ".join(map(str, (*settings, version("llama-cpp-python"), this_machine())))
 
 
 def recall(kind: str) -> dict[str, Any]:

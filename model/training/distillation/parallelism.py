@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from time import perf_counter
 from typing import Any
 
@@ -17,7 +16,7 @@ from model.base.cores import physical_memory
 from model.base.llama import LlamaBase
 from model.base.llama_model import LlamaModel
 from model.errors import ModelFileError
-from model.storage.facts import recall, remember, this_machine
+from model.storage.facts import key_here, recall, remember
 
 KIND = "distilling_parallelism"  # of what is remembered
 # Every fourth: kernels that take four rows at a time are slow on two and three.
@@ -67,9 +66,7 @@ def measured_parallelism(
 
     # Remembered?
     cells = -(-max_length // CELLS) * CELLS
-    settings = (fingerprint, asked, cells, n_threads, flash_attn, kv_type)
-    machine = (version("llama-cpp-python"), this_machine())
-    key = " ".join(map(str, (*settings, *machine)))
+    key = key_here(fingerprint, asked, cells, n_threads, flash_attn, kv_type)
     rates = _read(recall(KIND).get(key))
 
     # Measure.
