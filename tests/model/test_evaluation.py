@@ -78,7 +78,8 @@ def test_without_heads_other_drafters_are_put_to_the_proof(foreign_gguf: Path) -
 def test_figures_by_kind_add_up(loaded: LoadedModel) -> None:
     kinds = ["imports", "classes"]
     with loaded.fixed_decoder(Tree.chain(2)) as drafting:
-        [result] = compare(loaded, requests(loaded), drafting, runs=2, kinds=kinds)
+        # One run: the whole's rate lies between the kinds'; medians over several need not.
+        [result] = compare(loaded, requests(loaded), drafting, runs=1, kinds=kinds)
     by_kind = result["by_kind"]
     assert list(by_kind) == kinds and all(row["sequences"] == 1 for row in by_kind.values())
     for depth, drafted in enumerate(result["drafted_per_depth"]):
