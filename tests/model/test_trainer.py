@@ -414,12 +414,40 @@ def test_learning_rate_warms_up_and_falls() -> None:
     assert learning_rate(0, 1, 1.0) == 1.0
 
 
-def test_a_run_until_a_time_ends_there_with_heads_that_were_validated(tmp_path: Path) -> None:
+class Clock:
+    """A clock that only steps and validations move, so that no host's load is in a test."""
+
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, step_s: float, validation_s: float
+    ) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(trainer_module, "time", self)
+        self._moves(monkeypatch, Trainer, "_step", step_s)
+        self._moves(monkeypatch, trainer_module, "evaluate", validation_s)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def _moves(
+        self, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, seconds: float
+    ) -> None:
+        original = getattr(owner, name)
+
+        def timed(*given: Any) -> Any:
+            self.now += seconds
+            return original(*given)
+
+        monkeypatch.setattr(owner, name, timed)
+
+
+def test_a_run_until_a_time_ends_there_with_heads_that_were_validated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """However many epochs that is; the learning rate comes to its end at the same time."""
-    began = time.monotonic()
-    trainer = build(tmp_path, replace(OPTIONS, epochs=1), until=began + 2.0)
-    result = trainer.fit()
-    assert 1.5 < time.monotonic() - began < 5
+    clock = Clock(monkeypatch, step_s=0.1, validation_s=0.3)
+    until = clock.now + 10
+    result = build(tmp_path, replace(OPTIONS, epochs=1), until=until).fit()
+    assert abs(clock.now - until) < 0.4  # a step and a validation
     assert not result.interrupted and len(result.evaluations) > 1
     assert (result.best / "config.json").exists() and not list(tmp_path.glob("*epoch_*"))
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -437,7 +465,8 @@ def test_a_run_until_a_time_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patched:
         stop_at(3, patched)
         assert build(tmp_path, until=time.monotonic() + 60).fit().interrupted
-    trainer = build(tmp_path, until=time.monotonic() + 1)
+    clock = Clock(monkeypatch, step_s=0.1, validation_s=0.3)
+    trainer = build(tmp_path, until=clock.now + 3)
     trainer.resume(tmp_path)
     assert trainer.progress.step == 3 and trainer.progress.seconds > 0
     result = trainer.fit()

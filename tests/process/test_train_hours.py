@@ -148,26 +148,40 @@ def test_the_plan_follows_the_answers_when_they_come_faster(
     """The first answers take a hundred times as long as the others: then fewer seconds do."""
     n_tokens, learn_s, calls = 10, 0.0006, list[float]()
 
+    class Clock:
+        """Only what is waited for takes time, whatever else this machine does."""
+
+        now = 1000.0
+
+        def monotonic(self) -> float:
+            return self.now
+
+        def sleep(self, seconds: float) -> None:
+            self.now += seconds
+
+    clock = Clock()
+    monkeypatch.setattr(timed_run, "time", clock)
+
     class Writer:
         def __init__(self, options: TrainOptions, answers: Path, command: list[str]) -> None:
             self.answers = answers
 
         def write(self, n_prompts: int, seconds: float, *, least: int, most_s: float) -> bool:
-            until = time.monotonic() + seconds
+            until = clock.monotonic() + seconds
             there = amount_of(self.answers).answers
             with self.answers.open("a") as file:
                 for number in range(there, n_prompts):
-                    if number >= least and time.monotonic() >= until:
+                    if number >= least and clock.monotonic() >= until:
                         break
-                    time.sleep(0.1 if number < least else 0.001)
+                    clock.sleep(0.1 if number < least else 0.001)
                     file.write(json.dumps({"tokens": [1] * n_tokens}) + "\n")
             return True
 
     def train(options: TrainOptions, until: float) -> TrainResult:
-        calls.append(until - time.monotonic())
+        calls.append(until - clock.monotonic())
         learnt = 2 * min(timed_run.TRIAL_TOKENS, amount_of(answers).tokens)
         if len(calls) == 1:
-            time.sleep(learnt * learn_s)
+            clock.sleep(learnt * learn_s)
         return TrainResult(
             output_dir=tmp_path, best=tmp_path, latest=tmp_path, interrupted=False, steps=2,
             evaluations=[], seconds=learnt * learn_s, steps_per_epoch=1,
