@@ -47,6 +47,7 @@ from model.training.distillation.local_source import LocalSource  # noqa: E402
 from model.training.distillation.options import OPTIONS, DistillOptions  # noqa: E402
 from model.training.distillation.progress_bar import ProgressBar  # noqa: E402
 from model.training.distillation.question_file import QuestionFile  # noqa: E402
+from model.training.stopping import interrupt_at_end_of  # noqa: E402
 
 NAMED = 5  # records that cannot be used are named up to here, then counted
 
@@ -197,8 +198,11 @@ def _click_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command()
 @_click_options
-def main(**values: Any) -> None:
+@click.option("--stop_with_stdin", is_flag=True, hidden=True, help="Stop when standard input ends.")
+def main(stop_with_stdin: bool, **values: Any) -> None:
     """Let the base model answer prompts: its answers are what draft heads learn from best."""
+    if stop_with_stdin:
+        interrupt_at_end_of(sys.stdin.fileno())
     options = DistillOptions(**values)
     distill(options)
     say_what_next(options)

@@ -11,6 +11,7 @@ import logging
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,7 @@ from model.base.lm_head import check_lm_head  # noqa: E402
 from model.base.load_check import check_loads  # noqa: E402
 from model.errors import ModelFileError, UsageError  # noqa: E402
 from model.heads.draft_vocabulary import draft_vocabulary  # noqa: E402
-from model.heads.files import base_facts, new_heads  # noqa: E402
+from model.heads.files import base_facts, load_heads, new_heads  # noqa: E402
 from model.heads.known_heads import HEADS_FOLDER  # noqa: E402
 from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
 from model.planning.training_curve import training_curve  # noqa: E402
@@ -98,12 +99,17 @@ class Setup:
 
 
 def train(
-    options: TrainOptions, *, overwrite: bool = False, until: float | None = None
+    options: TrainOptions,
+    *,
+    overwrite: bool = False,
+    until: float | None = None,
+    start: Path | None = None,
 ) -> TrainResult:
     """Train heads as the options say; progress is shown on the terminal. Raises MedusaError.
 
     overwrite: begin anew in a folder that holds a run already. until: train up to this time
-    (time.monotonic's) instead of `--epochs`.
+    (time.monotonic's) instead of `--epochs`. start: heads to go on from, where they are there and
+    as the options say.
     """
     settings = Settings.load()
     ranks = ranks_asked_for()
@@ -146,25 +152,28 @@ def train(
         # The states: what the model makes of the text, kept on disk or made anew in each epoch.
         if ranks.first:
             locked.enter_context(WriterLock(run.output_dir))
+        began = time.monotonic()
         states = open_states(run, model, samples, opened)
+        states_s = time.monotonic() - began
 
         # The heads: as they are at first, or where an earlier run left them.
         torch.set_num_threads(run.threads)
         torch.manual_seed(options.seed)
         counts = token_counts((samples[i] for i in learn), file.n_vocab)
-        draft_ids = draft_vocabulary(counts, options.draft_vocab)
-        ids = None if draft_ids is None else torch.from_numpy(draft_ids)
-        heads = new_heads(heads_config(run, draft_ids), file, draft_ids=ids).to(device)
+        taught = taught_heads(run, start)
+        heads = (taught or untaught_heads(run, counts)).to(device)
         n_learnt = sum(p.numel() for p in heads.parameters())
         kind = f"{options.k_heads} ({options.head_type})"
         drafts_from = f"draft vocabulary of {heads.config.n_rows:,} tokens"
         run.say(f"heads   {kind}, {n_learnt:,} parameters, {drafts_from}, on {device.type}")
-        trainer = new_trainer(run, heads, states, learn, check, counts, curve, until)
+        trainer = new_trainer(
+            run, heads, states, learn, check, counts, curve, until, taught=taught is not None
+        )
         if options.resume_from:
             trainer.resume(Path(options.resume_from))
 
         # The training itself.
-        return trainer.fit()
+        return replace(trainer.fit(), states_s=states_s)
 
 
 def silently(message: str) -> None:
@@ -266,6 +275,31 @@ def open_states(
     return states
 
 
+def taught_heads(run: Setup, folder: Path | None) -> MedusaHeads | None:
+    """Return the heads of an earlier run, to be taught more; None where they are others, or none.
+
+    They keep their draft vocabulary.
+    """
+    if folder is None or not folder.exists():
+        return None
+    heads, _ = load_heads(folder, run.file)
+    draft_ids = heads.draft_ids.numpy() if heads.config.draft_vocab else None
+    wanted = run.options.draft_vocab
+    as_wanted = wanted in (None, heads.config.draft_vocab)
+    if heads.config != heads_config(run, draft_ids) or not as_wanted:
+        run.say(f"heads   those in {folder} are of another kind: others are taught from the start")
+        return None
+    run.say(f"heads   those in {folder} are taught more")
+    return heads.requires_grad_()
+
+
+def untaught_heads(run: Setup, counts: npt.NDArray[np.int64]) -> MedusaHeads:
+    """Return heads that have learnt nothing yet. counts: (V,) see `token_counts`."""
+    draft_ids = draft_vocabulary(counts, run.options.draft_vocab)
+    ids = None if draft_ids is None else torch.from_numpy(draft_ids)
+    return new_heads(heads_config(run, draft_ids), run.file, draft_ids=ids)
+
+
 def heads_config(run: Setup, draft_ids: npt.NDArray[np.int32] | None) -> HeadsConfig:
     """Return what decides the shapes of the heads."""
     options = run.options
@@ -285,10 +319,13 @@ def new_trainer(
     counts: npt.NDArray[np.int64],
     curve: CostCurve | None,
     until: float | None,
+    *,
+    taught: bool,
 ) -> Trainer:
     """Return what trains the heads.
 
     learn, check: indices of the samples to train and validate on. counts: (V,) see `token_counts`.
+    taught: whether the heads have learnt before.
     """
     # The batches.
     samples = states.samples
@@ -326,6 +363,7 @@ def new_trainer(
         curve=curve,
         ranks=run.ranks,
         until=until,
+        taught=taught,
     )
 
 
@@ -342,7 +380,9 @@ def train_for_hours(options: TrainOptions) -> TrainResult:
         return TimedRun(
             options,
             folder,
-            train=lambda options, until: train(options, overwrite=True, until=until),
+            train=lambda options, until, start: train(
+                options, overwrite=True, until=until, start=start
+            ),
             command=[sys.executable, str(ROOT / "model" / "distill.py")],
         ).run()
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -71,6 +70,7 @@ class AnswerWriter:
             "--max_new_tokens", str(MAX_NEW_TOKENS),
             "--prompts", options.dataset_name,
             "--dataset_split", options.dataset_split,
+            "--stop_with_stdin",
         ]  # fmt: skip
 
     def write(self, n_prompts: int, seconds: float, *, least: int = 0, most_s: float = 0) -> bool:
@@ -83,10 +83,11 @@ class AnswerWriter:
         before = _count_lines(self._answers)
         until = time.monotonic() + seconds
         with self._log.open("w", encoding="utf-8") as log, stop_on_request() as stop:
-            # A session of its own: a Ctrl-C reaches it through us alone.
+            # A session of its own: a Ctrl-C reaches it through us alone. It ends with its standard
+            # input, and so with us, however we end.
             child = subprocess.Popen(
                 [*self._command, "--max_prompts", str(n_prompts)],
-                stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
+                stdin=subprocess.PIPE, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
             try:
                 self._watch(child, seconds, least, most_s, stop.is_set)
@@ -126,8 +127,8 @@ class AnswerWriter:
 
 def _stop(child: subprocess.Popen[bytes]) -> None:
     """End a child as Ctrl-C does, so that it keeps what is finished."""
-    if child.poll() is None:
-        child.send_signal(signal.SIGINT)
+    assert child.stdin
+    child.stdin.close()
     try:
         child.wait(PATIENCE_S)
     except subprocess.TimeoutExpired:

@@ -1,8 +1,12 @@
-"""Requests to stop a run: the first Ctrl-C or SIGTERM sets an event. Knows nothing of training."""
+"""Requests to stop a run: a Ctrl-C or SIGTERM sets an event; the end of a parent interrupts.
+
+Knows nothing of training.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -35,3 +39,15 @@ def stop_on_request() -> Iterator[threading.Event]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def interrupt_at_end_of(descriptor: int) -> None:
+    """Interrupt this process as Ctrl-C does when a file ends, as a pipe does with its parent."""
+
+    def wait() -> None:
+        # Not through sys.stdin: whoever waits there holds a lock that Python's end wants.
+        while os.read(descriptor, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=wait, daemon=True).start()

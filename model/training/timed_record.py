@@ -17,12 +17,12 @@ from model.storage.whole_file import whole_file
 class TimedRecord:
     """spent_s: seconds in all. written_s: those of them in which answers were written.
 
-    trains_on: bytes of the answers that the training under way began with; 0: none is.
+    training: what the training under way learns, and for how long; nothing: none is under way.
     """
 
     spent_s: float = 0.0
     written_s: float = 0.0
-    trains_on: int = 0
+    training: str = ""
 
     @classmethod
     def load(cls, path: Path) -> TimedRecord:

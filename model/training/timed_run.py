@@ -39,8 +39,9 @@ TRIAL_SHARE = 0.02  # of the time: the trial of training, or one step where that
 TRIAL_TOKENS = 4096  # what is learnt in it
 LEAST_ROUND = 0.02  # of the time: more answers are not worth the start of their process
 LEAST_ANSWERS = 4  # to learn from and to validate on
-# train(options, until): train up to a time of time.monotonic(), over a run in the same folder.
-Train = Callable[[TrainOptions, float], TrainResult]
+# train(options, until, start): train up to a time of time.monotonic(), over a run in the same
+# folder, from what the heads in `start` have learnt, where there are any.
+Train = Callable[[TrainOptions, float, Path | None], TrainResult]
 
 
 class TimedRun:
@@ -84,12 +85,13 @@ class TimedRun:
             )
         try:
             self._save()
-            goes_on = self._record.trains_on == self._size() > 0
+            goes_on = self._record.training == self._training() and self._size() > 0
             if not goes_on:
                 self._gather()
             result = self._learn(goes_on=goes_on)
             if not result.interrupted:
-                self._record.trains_on = 0
+                self._record.training = ""
+                shutil.rmtree(self._states(), ignore_errors=True)
             return result
         finally:
             self._save()
@@ -101,6 +103,15 @@ class TimedRun:
     def _save(self) -> None:
         self._record.spent_s = time.monotonic() - self._began
         self._record.save(self._record_path)
+
+    def _training(self) -> str:
+        """Say what is learnt in which time: a training that was stopped goes on while it is so."""
+        return f"{self._size()} bytes of answers, {self._options.hours:g} hours"
+
+    def _states(self) -> Path:
+        """Return where the states of all answers are kept while they are learnt."""
+        kept = Path(self._options.cache_dir) if self._options.cache_dir else self._folder
+        return kept / "states-of-answers"
 
     def _size(self) -> int:
         return self._answers.stat().st_size if self._answers.exists() else 0
@@ -175,11 +186,11 @@ class TimedRun:
         options = replace(
             self._options, dataset_name=str(self._answers), output_dir=str(folder),
             cache_dir=str(folder / "states"), max_tokens=TRIAL_TOKENS, report_to="none",
-            hours=0.0,
+            batch_size=self._options.batch_size or 1, hours=0.0,
         )  # fmt: skip
         began = time.monotonic()
         try:
-            result = self._train(options, began + TRIAL_SHARE * self._total_s)
+            result = self._train(options, began + TRIAL_SHARE * self._total_s, None)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
         if result.interrupted:
@@ -188,13 +199,15 @@ class TimedRun:
         passes = result.steps / result.steps_per_epoch
         return Costs(
             write_s=self._record.written_s / amount.tokens,
-            prepare_s=(time.monotonic() - began - result.seconds) / tokens,
-            learn_s=result.seconds / (passes * tokens),
+            prepare_s=result.states_s / tokens,
+            learn_s=result.steps_s / (passes * tokens),
+            start_s=time.monotonic() - began - result.states_s - result.seconds,
         )
 
     def _require_one_step(self, amount: Amount, costs: Costs) -> None:
         """Raise UsageError where what is there cannot be made ready and learnt for one step."""
-        needed_s = amount.tokens * costs.prepare_s + TRIAL_TOKENS * costs.learn_s
+        step = min(TRIAL_TOKENS, amount.tokens)
+        needed_s = costs.start_s + amount.tokens * costs.prepare_s + step * costs.learn_s
         if self._left_s < needed_s:
             hours = (self._total_s - self._left_s + needed_s) / 3600
             raise UsageError(
@@ -203,18 +216,22 @@ class TimedRun:
             )
 
     def _learn(self, *, goes_on: bool) -> TrainResult:
-        """Train on all answers for the rest of the time, or go on where that was stopped."""
-        self._record.trains_on = self._size()
-        self._save()
+        """Train on all answers for the rest of the time, or go on where that was stopped.
+
+        Heads that learnt from fewer answers, in fewer hours, are gone on from.
+        """
         options = replace(
-            self._options,
-            dataset_name=str(self._answers),
-            output_dir=str(self._output_dir),
-            hours=0.0,
-        )
+            self._options, dataset_name=str(self._answers), output_dir=str(self._output_dir),
+            cache_dir=str(self._states()), hours=0.0,
+        )  # fmt: skip
         latest = self._output_dir / "medusa_heads_latest"
         if goes_on and latest.exists():
             options = replace(options, resume_from=str(self._output_dir))
-        else:  # those of a run on fewer answers
+        else:
             shutil.rmtree(latest, ignore_errors=True)
-        return self._train(options, time.monotonic() + self._left_s)
+            if not goes_on:  # those of fewer answers
+                shutil.rmtree(self._states(), ignore_errors=True)
+        self._record.training = self._training()
+        self._save()
+        best = self._output_dir / "medusa_heads_best"
+        return self._train(options, time.monotonic() + self._left_s, best)

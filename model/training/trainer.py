@@ -42,7 +42,8 @@ LOG_EVERY = 10  # steps
 class TrainResult:
     """What came of a run.
 
-    best: the folder of the heads whose tree has the longest acceptance length.
+    best: the folder of the heads whose tree has the longest acceptance length. seconds: of training
+    and validating, steps_s of them of the steps alone; states_s: of making the states before.
     """
 
     output_dir: Path
@@ -53,6 +54,8 @@ class TrainResult:
     evaluations: list[Evaluation]
     seconds: float
     steps_per_epoch: int = 0
+    steps_s: float = 0.0
+    states_s: float = 0.0
 
 
 class Trainer:
@@ -61,7 +64,8 @@ class Trainer:
     facts: what `save_heads` keeps with the heads; identity: what must be equal to go on with a run
     later; teacher: the base model's LM head (V, D) for `--loss kd`; curve: what steps cost, by
     which the tree's size is tuned; ranks: the processes that share each batch, of which the first
-    one writes; until: train up to this time (time.monotonic's) instead of `--epochs`.
+    one writes; until: train up to this time (time.monotonic's) instead of `--epochs`; taught: the
+    heads have learnt before, and are `best` until others are better.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class Trainer:
         curve: CostCurve | None = None,
         ranks: Ranks = ALONE,
         until: float | None = None,
+        taught: bool = False,
     ) -> None:
         self.heads = heads
         self.options = options
@@ -91,7 +96,9 @@ class Trainer:
         self._curve = curve
         self._ranks = ranks
         self._until = until
+        self._taught = taught
         self._validation_s = 0.0  # seconds of a validation, as last seen
+        self._steps_s = 0.0
         self._counted_to = 0.0  # the time up to which progress.seconds counts
 
     def fit(self) -> TrainResult:
@@ -123,6 +130,7 @@ class Trainer:
             evaluations=evaluations,
             seconds=time.monotonic() - start,
             steps_per_epoch=self.steps_per_epoch,
+            steps_s=self._steps_s,
         )
 
     def resume(self, path: Path) -> None:
@@ -166,6 +174,8 @@ class Trainer:
 
     def _epochs(self, record: RunRecord | None, stop: threading.Event) -> list[Evaluation]:
         evaluations: list[Evaluation] = []
+        if self._taught and not self.progress.step:
+            self.progress.best = self._validate().tree_length
         while not self.finished and not self._ranks.any(stop.is_set()):
             self._epoch(record, stop)
             ended = self.progress.step_in_epoch == self.steps_per_epoch
@@ -199,6 +209,7 @@ class Trainer:
                     break
                 began = time.monotonic()
                 rate, loss = self._step(group)
+                self._steps_s += time.monotonic() - began
                 if self._until is not None:  # validations count: they take their share of the time
                     now = time.monotonic()
                     at.seconds += now - self._counted_to

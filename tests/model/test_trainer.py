@@ -70,6 +70,7 @@ def build(
     options: TrainOptions = OPTIONS,
     states: Counting | None = None,
     until: float | None = None,
+    taught: bool = False,
     **config: Any,
 ) -> Trainer:
     torch.manual_seed(0)
@@ -95,6 +96,7 @@ def build(
         identity={"text": "1"},
         teacher=torch.randn(VOCAB, DIM),
         until=until,
+        taught=taught,
     )
 
 
@@ -384,6 +386,19 @@ def test_best_is_the_epoch_whose_tree_accepts_most(
     best = weights(tmp_path / "medusa_heads_best")
     second = weights(tmp_path / "medusa_heads_epoch_2")
     assert all(torch.equal(best[name], second[name]) for name in best)
+
+
+@pytest.mark.parametrize("better", [False, True])
+def test_heads_that_are_taught_more_stay_until_others_are_better(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, better: bool
+) -> None:
+    build(tmp_path, replace(OPTIONS, epochs=1)).fit()
+    before = weights(tmp_path / "medusa_heads_best")
+    # How good they are is measured first, on what the others are measured on.
+    stage([3.0, 2.0, 3.5 if better else 2.5], monkeypatch)
+    build(tmp_path, OPTIONS, taught=True).fit()
+    after = weights(tmp_path / "medusa_heads_best")
+    assert better != all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_patience_ends_a_run_that_brings_nothing_more(

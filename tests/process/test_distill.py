@@ -115,7 +115,7 @@ def test_every_answer_is_the_models_own(
                 model.detokenize(line["tokens"][:start]),
                 model.detokenize(line["tokens"][start:end]),
             )
-    assert {line["temperature"] for line in found.values()} == {0.0, 0.7, 1.0}
+    assert {line["temperature"] for line in found.values()} == {0.0, 0.7}
     file = GGUFFile(foreign_gguf)
     assert {line["heads_fingerprint"] for line in found.values()} == {file.heads_fingerprint()}
     assert "train_medusa.py" in result.output and "of the 8-grams repeated" in result.output
@@ -171,9 +171,9 @@ def test_circles_are_cut_unless_they_are_wanted(bundled_gguf: Path, tmp_path: Pa
         assert (line["tokens"][start:], line["finish_reason"] == "loop") == without_loop(said)
 
 
-@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT, "its parent's"])
 def test_a_stopped_run_goes_on_to_the_same_answers(
-    foreign_gguf: Path, tmp_path: Path, end: signal.Signals
+    foreign_gguf: Path, tmp_path: Path, end: signal.Signals | str
 ) -> None:
     """As a user does it: script, kill or Ctrl-C, the same command again, from other directories."""
     prompts, whole, out = tmp_path / "p.json", tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
@@ -187,12 +187,14 @@ def test_a_stopped_run_goes_on_to_the_same_answers(
         *command(foreign_gguf, prompts, out, *more),
     ]
     stopped = subprocess.Popen(
-        script, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True
-    )
+        script if isinstance(end, int) else [*script, "--stop_with_stdin"],
+        cwd=tmp_path, env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     while not out.exists() or out.read_text().count("\n") < 3:
         assert stopped.poll() is None
         time.sleep(0.002)
-    stopped.send_signal(end)
+    if isinstance(end, int):
+        stopped.send_signal(end)
     told = stopped.communicate(timeout=60)[1]
     before = out.read_text()
     assert 3 <= before.count("\n") < 60, "caught at work"

@@ -20,6 +20,7 @@ from model.train_medusa import main
 from model.training import answer_writer, timed_run
 from model.training.answer_writer import amount_of
 from model.training.options import TrainOptions
+from model.training.time_plan import Costs
 from model.training.trainer import TrainResult
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,7 +76,13 @@ def test_own_answers_are_not_answered_again(foreign_gguf: Path, tmp_path: Path) 
     result = run(*arguments(foreign_gguf, tmp_path, 20, "--dataset_name", str(answers)))
     assert result.exit_code == 0, result.output
     assert answers.read_bytes() == before
-    assert not (tmp_path / "out" / "timed_run" / "answers.jsonl").exists()
+    timed_run_folder = tmp_path / "out" / "timed_run"
+    assert not (timed_run_folder / "answers.jsonl").exists()
+    assert not (timed_run_folder / "states-of-answers").exists()
+
+    # More hours: no other answers, so the heads learn more from these.
+    result = run(*arguments(foreign_gguf, tmp_path, 34, "--dataset_name", str(answers)))
+    assert result.exit_code == 0 and "are taught more" in result.output, result.output
 
 
 @pytest.mark.parametrize("stage", ["answers", "training"])
@@ -96,7 +103,7 @@ def test_a_stopped_run_goes_on(foreign_gguf: Path, tmp_path: Path, stage: str) -
     told = stopped.communicate(timeout=60)[0]
     assert stopped.returncode == 130, told
     record = json.loads((out / "timed_run" / "record.json").read_text())
-    assert 0 < record["spent_s"] < 36 and bool(record["trains_on"]) == (stage == "training")
+    assert 0 < record["spent_s"] < 36 and bool(record["training"]) == (stage == "training")
     before = answers.read_bytes()
 
     began = time.monotonic()
@@ -118,8 +125,9 @@ def test_too_little_time_says_so(foreign_gguf: Path, tmp_path: Path) -> None:
 def test_a_step_that_takes_longer_than_is_left_says_so(
     foreign_gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A step of a billion tokens: too long on any machine."""
-    monkeypatch.setattr(timed_run, "TRIAL_TOKENS", 10**9)
+    """A step that would take weeks, by what the trial is made to say."""
+    costs = Costs(write_s=1.0, prepare_s=1.0, learn_s=10_000.0)
+    monkeypatch.setattr(timed_run.TimedRun, "_try_training", lambda *_: costs)
     result = run(*arguments(foreign_gguf, tmp_path, 10))
     assert isinstance(result.exception, UsageError)
     assert "too short for one step, which would be done after" in str(result.exception)
@@ -177,14 +185,14 @@ def test_the_plan_follows_the_answers_when_they_come_faster(
                     file.write(json.dumps({"tokens": [1] * n_tokens}) + "\n")
             return True
 
-    def train(options: TrainOptions, until: float) -> TrainResult:
+    def train(options: TrainOptions, until: float, start: Path | None) -> TrainResult:
         calls.append(until - clock.monotonic())
         learnt = 2 * min(timed_run.TRIAL_TOKENS, amount_of(answers).tokens)
         if len(calls) == 1:
             clock.sleep(learnt * learn_s)
         return TrainResult(
             output_dir=tmp_path, best=tmp_path, latest=tmp_path, interrupted=False, steps=2,
-            evaluations=[], seconds=learnt * learn_s, steps_per_epoch=1,
+            evaluations=[], seconds=learnt * learn_s, steps_s=learnt * learn_s, steps_per_epoch=1,
         )  # fmt: skip
 
     monkeypatch.setattr(timed_run, "AnswerWriter", Writer)

@@ -40,7 +40,7 @@ def test_answers_are_counted_but_not_a_torn_line(tmp_path: Path) -> None:
 def test_a_record_comes_back_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "record.json"
     assert TimedRecord.load(path) == TimedRecord()
-    record = TimedRecord(spent_s=3.5, written_s=1.0, trains_on=9)
+    record = TimedRecord(spent_s=3.5, written_s=1.0, training="9 bytes")
     record.save(path)
     assert TimedRecord.load(path) == record
     path.write_text('{"spent": 1}')

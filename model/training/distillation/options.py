@@ -87,7 +87,7 @@ OPTIONS = (
     ),
     _option("max_new_tokens", 512, "Most tokens of an answer.", _SOME),
     _option(
-        "temperature", "0.0,0.7,1.0", "Temperatures that prompts use in turn; 0 is greedy.",
+        "temperature", "0.0,0.7", "Temperatures that prompts use in turn; 0 is greedy.",
         callback=_numbers,
     ),
     _option("top_p", 1.0, "Sample from the likeliest tokens that make up this share.", float),
