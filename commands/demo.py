@@ -77,10 +77,12 @@ def demo(minutes: float, max_tokens: int, n_prompts: int) -> None:
         loaded = load_model(settings)
         template = chosen_template(loaded.file.metadata, "auto")
         say_if_none(loaded, template, "auto")
-        click.echo(f"\n3. The same with a chat model: {loaded.file.name} does four kinds of tasks")
+        kind = "a chat model" if template else "a model of yours"
+        click.echo(f"\n3. The same with {kind}: {loaded.file.name} does four kinds of tasks")
         tasks = [task for task in read_tasks(TASKS) if task.kind in KINDS]
         result = compared(loaded, in_turn(tasks)[:n_prompts], template, max_tokens)
-        click.echo("\n" + what_pays(loaded, template, result))
+        if loaded.base_model.can_roll_back:
+            click.echo("\n" + what_pays(loaded, template, result))
         loaded.close()
     click.echo(f"\n{NEXT}")
 

@@ -19,32 +19,37 @@ from model.decoding.statistics import DraftStatistics
 class Measured:
     """What one decoder did with n requests.
 
-    seconds: of each run, by request. sequences: those of the last run. statistics: of all runs,
-    by request.
+    seconds, tokens: of each run, by request. sequences: those of the last run. statistics: of all
+    runs, by request.
     """
 
     def __init__(self, decoder: Decoder, n_requests: int) -> None:
         self.decoder = decoder
         self.seconds = list[list[float]]()
+        self.tokens = list[list[int]]()
         self.sequences = list[Sequence]()
         self.statistics = [DraftStatistics() for _ in range(n_requests)]
 
     def begin_run(self) -> None:
         """Begin another run over all requests."""
         self.seconds.append([])
+        self.tokens.append([])
         self.sequences = []
 
     def add(self, i: int, sequence: Sequence, seconds: float) -> None:
         """Add the sequence of the i-th request, which is the next one of this run."""
         self.seconds[-1].append(seconds)
+        self.tokens[-1].append(sequence.n_new)
         self.sequences.append(sequence)
         self.statistics[i].add(sequence.statistics)
 
     def rates(self, which: abc.Iterable[int]) -> list[float]:
         """Return the tokens per second of each run, over these requests."""
         chosen = list(which)
-        tokens = sum(self.sequences[i].n_new for i in chosen)
-        return [tokens / sum(seconds[i] for i in chosen) for seconds in self.seconds]
+        return [
+            sum(tokens[i] for i in chosen) / sum(seconds[i] for i in chosen)
+            for tokens, seconds in zip(self.tokens, self.seconds, strict=True)
+        ]
 
 
 def speed_figures(

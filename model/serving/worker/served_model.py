@@ -152,7 +152,12 @@ class ServedModel:
             return True
         self._slices = None
         self._decoder.base.close()  # first: there may be no room for both caches
-        self._decoder = self._new_decoder(drafting)
+        try:
+            self._decoder = self._new_decoder(drafting)
+        except MedusaError:  # drafts take more room; without them there was enough
+            log.exception("no room to draft")
+            drafting = Drafting(FixedPolicy(), Drafters(), "nothing: no room to draft")
+            self._decoder = self._new_decoder(drafting)
         cells = self._decoder.base.n_ctx
         self.info = replace(self.info, draft=drafting.description, cells=cells, measuring=False)
         log.info("measured; drafts: %s", drafting.description)

@@ -17,7 +17,7 @@ from model.decoding.prompt_cache import common_prefix
 from model.errors import ModelFileError
 
 SHORTEST = 8  # tokens: copying fewer is no gain over reading them
-KEPT = 32  # prefixes, the last ones used
+KEPT_BYTES = 2**28  # of prefixes, the last ones used: some of any model's
 COMPARED = 64  # earlier prompts that a new one is compared with
 
 
@@ -69,7 +69,7 @@ class PrefixSharingBase(LlamaBase):
         if shared >= done + SHORTEST:
             super().prefill(tokens[done:shared], done, seq)
             self._states[tuple(prompt[:shared])] = self.save_state(seq)
-            if len(self._states) > KEPT:
+            while sum(state.nbytes for state in self._states.values()) > KEPT_BYTES:
                 self._states.popitem(last=False)
             done = shared
         return done
