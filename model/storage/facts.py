@@ -7,8 +7,11 @@ nothing of what the facts say.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import platform
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -21,6 +24,7 @@ from model.storage.whole_file import whole_file
 
 # A writer holds the lock for milliseconds; a fact is not worth a longer wait.
 _LOCK_TIMEOUT_S = 10.0
+_CPUINFO = Path("/proc/cpuinfo")
 
 
 def folder() -> Path:
@@ -28,9 +32,18 @@ def folder() -> Path:
     return Path(platformdirs.user_cache_dir("medusa-gguf"))
 
 
+@functools.cache
 def this_machine() -> str:
-    """Return what a fact that holds on this machine alone has in its key."""
-    return f"{platform.node()} {platform.processor()}"
+    """Return what a fact that holds on this machine alone has in its key.
+
+    Virtual machines of one name run on different processors, which Linux alone tells apart.
+    """
+    processor = platform.processor()
+    with contextlib.suppress(OSError):
+        told = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+        known = sorted({line for line in told if line.startswith(("model name", "flags"))})
+        processor = f"{zlib.crc32(''.join(known).encode()):08x}"
+    return f"{platform.node()} {processor} {os.cpu_count()}"
 
 
 def key_here(*settings: Any) -> str:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 
 from model.training.options import TrainOptions
 
-STEPS = 400  # of the optimiser in a run, where there is enough text
+STEPS = 1500  # of the optimiser, where there is enough text; small steps learn more (NOTES.md)
 FEWEST_POSITIONS = 256  # per step
 MOST_POSITIONS = 8192
-# Epochs and rate are starting values, not yet compared on equal minutes. (SmolLM2, 48 steps of 256
-# positions at a peak of 2e-3: stable, the first head right at 22.6 % of held-out positions.)
 MOST_EPOCHS = 8
 FEWEST_EPOCHS = 2
 ENOUGH_POSITIONS = 1_000_000  # from which on the fewest epochs do

@@ -33,7 +33,7 @@ from model.training.timed_record import TimedRecord
 from model.training.trainer import TrainResult
 
 FOLDER = "timed_run"
-PASSES = 3  # over the answers, that the time is divided for where nobody says how many
+PASSES = 6  # over the answers, that the time is divided for where nobody says how many
 FIRST_SHARE = 0.1  # of the time: answers that are written before anything is measured
 TRIAL_SHARE = 0.02  # of the time: the trial of training, or one step where that takes longer
 TRIAL_TOKENS = 4096  # what is learnt in it

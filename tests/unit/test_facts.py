@@ -99,3 +99,20 @@ def test_a_lock_that_is_never_given_up_costs_the_fact_alone(
     assert facts.recall("numbers") == {}
     facts.remember("numbers", "one", 1)
     assert facts.recall("numbers") == {"one": 1}
+
+
+def test_two_processors_are_two_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    monkeypatch.setattr(facts, "_CPUINFO", cpuinfo)
+
+    def machine(flags: str, mhz: int) -> str:
+        core = f"model name\t: Some CPU\ncpu MHz\t: {mhz}\nflags\t: {flags}\n"
+        cpuinfo.write_text(2 * core)
+        facts.this_machine.cache_clear()
+        return facts.this_machine()
+
+    assert machine("avx2", 2000) == machine("avx2", 2600) != machine("avx2 avx512f", 2000)
+    cpuinfo.unlink()
+    facts.this_machine.cache_clear()
+    assert facts.this_machine()
+    facts.this_machine.cache_clear()
