@@ -235,11 +235,11 @@ class ContinuationSource:
         self.first_acceptance = tuple(first_acceptance)
         self.later_acceptance = later_acceptance
         self.strengths = len(self.first_acceptance) - 1
-        # Of all sequences, by strength: of the first token; of others, by the bits of their place:
+        # Of all sequences, by strength: of the first token; of others, by the bits of their depth:
         # what is right for eight tokens will be for more, while most that is right is short.
-        places = range(max(1, max_tokens).bit_length() + 1)
+        depths = range(max(1, max_tokens).bit_length() + 1)
         self.first = [AcceptanceRate(prior) for prior in self.first_acceptance]
-        self.later = [[AcceptanceRate(later_acceptance) for _ in places] for _ in self.first]
+        self.later = [[AcceptanceRate(later_acceptance) for _ in depths] for _ in self.first]
 
     def history(self) -> ContinuationHistory:
         """See SourceModel."""
@@ -247,12 +247,12 @@ class ContinuationSource:
 
 
 class ContinuationHistory:
-    """How often a continuation source was right for one sequence, by strength and place."""
+    """How often a continuation source was right for one sequence, by strength and depth."""
 
     def __init__(self, source: ContinuationSource) -> None:
         self._source = source
         self.first = [AcceptanceRate(rate) for rate in source.first]
-        self.later = [[AcceptanceRate(rate) for rate in places] for places in source.later]
+        self.later = [[AcceptanceRate(rate) for rate in depths] for depths in source.later]
         self._strength = 0  # of the last look
         self._tokens: list[int] = []
 
@@ -277,9 +277,9 @@ class ContinuationHistory:
         later = [rate.mean for rate in self.later[strength]]
         tokens = [0.0]
         accepted = first
-        for place in range(1, self._source.max_nodes + 1):
+        for depth in range(1, self._source.max_nodes + 1):
             tokens.append(tokens[-1] + accepted)
-            accepted *= later[place.bit_length()]
+            accepted *= later[depth.bit_length()]
         missed = [1.0] + [1.0 - first] * self._source.max_nodes
         return Expectation(np.array(tokens), np.array(missed))
 
@@ -294,11 +294,11 @@ class ContinuationHistory:
         """
         rate = self.first[self._strength]
         later = self.later[self._strength]
-        for place, (guess, token) in enumerate(zip(self._tokens, emitted, strict=False), 1):
+        for depth, (guess, token) in enumerate(zip(self._tokens, emitted, strict=False), 1):
             rate.record(guess == token)
             if guess != token:
                 break
-            rate = later[min(place.bit_length(), len(later) - 1)]
+            rate = later[min(depth.bit_length(), len(later) - 1)]
 
     def decay(self, factor: float) -> None:
         """See SourceHistory."""
