@@ -9,6 +9,8 @@ os.environ.setdefault(
     "OPENBLAS_NUM_THREADS", "1"
 )  # before numpy: its threads and llama.cpp's fight
 os.environ.setdefault("GOMP_SPINCOUNT", "300000")
+# Of torch: several test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests, and the processes that they start, run on the bundled model, whatever is installed here.
 os.environ["MODEL_PATH"] = "tiny-python"
 

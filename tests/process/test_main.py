@@ -305,7 +305,8 @@ def test_a_model_that_is_not_ours(
     train = [sys.executable, str(ROOT / "model" / "train_medusa.py")]
     for name, value in options.items():
         train += [name, str(value)]
-    done = subprocess.run(train, cwd=tmp_path, capture_output=True, text=True)
+    one_thread = {**os.environ, "N_THREADS": "1"}
+    done = subprocess.run(train, cwd=tmp_path, env=one_thread, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     env = {"MODEL_PATH": str(gguf), "MEDUSA_WEIGHTS_PATH": str(heads / "medusa_heads_best")}
     words = ("generate", "def f(", "--max_tokens", "20")
