@@ -47,6 +47,7 @@ from model.heads.medusa import HeadsConfig, MedusaHeads  # noqa: E402
 from model.planning.training_curve import training_curve  # noqa: E402
 from model.storage.disk_room import require_writable  # noqa: E402
 from model.storage.folder_lock import WriterLock  # noqa: E402
+from model.storage.whole_folder import former_folder  # noqa: E402
 from model.training.command import run_command, script_command  # noqa: E402
 from model.training.data.documents import read_documents  # noqa: E402
 from model.training.data.samples import (  # noqa: E402
@@ -280,12 +281,12 @@ def taught_heads(run: Setup, folder: Path | None) -> MedusaHeads | None:
 
     They keep their draft vocabulary.
     """
-    if folder is None or not folder.exists():
+    if folder is None or not (folder.exists() or former_folder(folder).exists()):
         return None
     heads, _ = load_heads(folder, run.file)
     draft_ids = heads.draft_ids.numpy() if heads.config.draft_vocab else None
     wanted = run.options.draft_vocab
-    as_wanted = wanted in (None, heads.config.draft_vocab)
+    as_wanted = wanted in (None, heads.config.draft_vocab, heads.config.n_rows)
     if heads.config != heads_config(run, draft_ids) or not as_wanted:
         run.say(f"heads   those in {folder} are of another kind: others are taught from the start")
         return None

@@ -185,8 +185,7 @@ class KVSlots:
     def _save(self, slot: KVSlot) -> None:
         tokens = slot.tokens[: slot.n_cached]
         kept = self._prompt_cache
-        wanted = slot.sequence is not None and slot.sequence.use_prefix_cache
-        if kept is None or not wanted or kept.covers(tokens):
+        if kept is None or kept.covers(tokens):
             return
         first = slot.seq_ids.start
         if kept.has_room_for(self._cache.state_bytes(first)):

@@ -25,6 +25,7 @@ from model.storage.whole_file import whole_file
 # A writer holds the lock for milliseconds; a fact is not worth a longer wait.
 _LOCK_TIMEOUT_S = 10.0
 _CPUINFO = Path("/proc/cpuinfo")
+_TELLING = ("model name", "flags", "CPU implementer", "CPU part", "Features")  # x86, ARM
 
 
 def folder() -> Path:
@@ -41,8 +42,8 @@ def this_machine() -> str:
     processor = platform.processor()
     with contextlib.suppress(OSError):
         told = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
-        known = sorted({line for line in told if line.startswith(("model name", "flags"))})
-        processor = f"{zlib.crc32(''.join(known).encode()):08x}"
+        known = sorted({line for line in told if line.startswith(_TELLING)})
+        processor += f" {zlib.crc32(''.join(known).encode()):08x}"
     return f"{platform.node()} {processor} {os.cpu_count()}"
 
 

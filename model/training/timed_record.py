@@ -30,8 +30,10 @@ class TimedRecord:
         if not path.exists():
             return cls()
         try:
-            return cls(**json.loads(path.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError) as error:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            spent_s, written_s = float(values["spent_s"]), float(values["written_s"])
+            return cls(spent_s=spent_s, written_s=written_s, training=values.get("training", ""))
+        except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(
                 f"{path}: there is no telling how far that run is; name another --output_dir"
             ) from error

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import shutil
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -109,9 +110,10 @@ class TimedRun:
         return f"{self._size()} bytes of answers, {self._options.hours:g} hours"
 
     def _states(self) -> Path:
-        """Return where the states of all answers are kept while they are learnt."""
+        """Return where the states of these answers are kept while they are learnt."""
         kept = Path(self._options.cache_dir) if self._options.cache_dir else self._folder
-        return kept / "states-of-answers"
+        run = zlib.crc32(str(self._output_dir.resolve()).encode())  # others may keep theirs there
+        return kept / f"states-{run:08x}-{self._size()}"
 
     def _size(self) -> int:
         return self._answers.stat().st_size if self._answers.exists() else 0
@@ -188,6 +190,7 @@ class TimedRun:
             cache_dir=str(folder / "states"), max_tokens=TRIAL_TOKENS, report_to="none",
             batch_size=self._options.batch_size or 1, hours=0.0,
         )  # fmt: skip
+        shutil.rmtree(folder, ignore_errors=True)  # a killed run's
         began = time.monotonic()
         try:
             result = self._train(options, began + TRIAL_SHARE * self._total_s, None)
@@ -229,8 +232,10 @@ class TimedRun:
             options = replace(options, resume_from=str(self._output_dir))
         else:
             shutil.rmtree(latest, ignore_errors=True)
-            if not goes_on:  # those of fewer answers
-                shutil.rmtree(self._states(), ignore_errors=True)
+            mine = self._states()
+            for states in mine.parent.glob(f"{mine.name.rpartition('-')[0]}-*"):
+                if states != mine:  # those of fewer answers
+                    shutil.rmtree(states, ignore_errors=True)
         self._record.training = self._training()
         self._save()
         best = self._output_dir / "medusa_heads_best"

@@ -176,6 +176,7 @@ class Trainer:
         evaluations: list[Evaluation] = []
         if self._taught and not self.progress.step:
             self.progress.best = self._validate().tree_length
+            self._counted_to = time.monotonic()
         while not self.finished and not self._ranks.any(stop.is_set()):
             self._epoch(record, stop)
             ended = self.progress.step_in_epoch == self.steps_per_epoch
@@ -203,11 +204,11 @@ class Trainer:
         saved = time.monotonic()
         with bar:
             while True:
+                began = time.monotonic()
                 asked = self._ranks.any(stop.is_set() or self._time_is_up())
                 group = [] if asked else list(islice(batches, accumulation))
                 if not group:
                     break
-                began = time.monotonic()
                 rate, loss = self._step(group)
                 self._steps_s += time.monotonic() - began
                 if self._until is not None:  # validations count: they take their share of the time

@@ -157,8 +157,9 @@ def split_samples(
 ) -> tuple[list[int], list[int]]:
     """Return the indices of training and validation samples.
 
-    Whole documents where there are enough of them. Raises DataError where there are not two
-    samples.
+    Whole documents where there are enough of them. Documents that are appended later change nothing
+    for those that are there: heads that are taught more are never judged by what they have learnt.
+    Raises DataError where there are not two samples.
     """
     if len(samples) < 2:
         raise DataError(
@@ -168,9 +169,10 @@ def split_samples(
     keys = [sample.document for sample in samples]
     if len(set(keys)) == 1:
         keys = list(range(len(samples)))
-    groups = np.random.default_rng(seed).permutation(np.unique(keys))
-    n_validation = min(max(1, round(val_fraction * len(groups))), len(groups) - 1)
-    chosen = set(groups[:n_validation].tolist())
+    groups = np.unique(keys)
+    drawn = np.random.default_rng(seed).random(len(groups))  # each one's stays its own
+    at_least_one = max(val_fraction, drawn.min())
+    chosen = set(groups[(drawn <= at_least_one) & (drawn < drawn.max())].tolist())
     train = [i for i, key in enumerate(keys) if key not in chosen]
     validation = [i for i, key in enumerate(keys) if key in chosen]
     return train, validation

@@ -17,7 +17,8 @@ from model.decoding.prompt_cache import common_prefix
 from model.errors import ModelFileError
 
 SHORTEST = 8  # tokens: copying fewer is no gain over reading them
-KEPT_BYTES = 2**28  # of prefixes, the last ones used: some of any model's
+KEPT = 32  # prefixes, the last ones used
+KEPT_BYTES = 2**28  # of them
 COMPARED = 64  # earlier prompts that a new one is compared with
 
 
@@ -45,6 +46,10 @@ class PrefixSharingBase(LlamaBase):
         self._states: OrderedDict[tuple[int, ...], npt.NDArray[np.uint8]] = OrderedDict()
         self._prompts: deque[list[int]] = deque(maxlen=COMPARED)
 
+    @property
+    def _n_bytes(self) -> int:
+        return sum(state.nbytes for state in self._states.values())
+
     def prefill(self, tokens: Int32Array, pos: int, seq: int) -> None:
         """Decode prompt tokens into a sequence; of one that begins, copy what is known."""
         done = 0 if pos else self._begin(tokens, seq)
@@ -69,7 +74,7 @@ class PrefixSharingBase(LlamaBase):
         if shared >= done + SHORTEST:
             super().prefill(tokens[done:shared], done, seq)
             self._states[tuple(prompt[:shared])] = self.save_state(seq)
-            while sum(state.nbytes for state in self._states.values()) > KEPT_BYTES:
+            while len(self._states) > KEPT or self._n_bytes > KEPT_BYTES:
                 self._states.popitem(last=False)
             done = shared
         return done
