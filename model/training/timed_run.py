@@ -92,7 +92,7 @@ class TimedRun:
             result = self._learn(goes_on=goes_on)
             if not result.interrupted:
                 self._record.training = ""
-                shutil.rmtree(self._states(), ignore_errors=True)
+                shutil.rmtree(self._states().parent, ignore_errors=True)
             return result
         finally:
             self._save()
@@ -113,7 +113,7 @@ class TimedRun:
         """Return where the states of these answers are kept while they are learnt."""
         kept = Path(self._options.cache_dir) if self._options.cache_dir else self._folder
         run = zlib.crc32(str(self._output_dir.resolve()).encode())  # others may keep theirs there
-        return kept / f"states-{run:08x}-{self._size()}"
+        return kept / f"states-{run:08x}" / str(self._size())
 
     def _size(self) -> int:
         return self._answers.stat().st_size if self._answers.exists() else 0
@@ -233,7 +233,7 @@ class TimedRun:
         else:
             shutil.rmtree(latest, ignore_errors=True)
             mine = self._states()
-            for states in mine.parent.glob(f"{mine.name.rpartition('-')[0]}-*"):
+            for states in mine.parent.glob("*"):
                 if states != mine:  # those of fewer answers
                     shutil.rmtree(states, ignore_errors=True)
         self._record.training = self._training()

@@ -79,6 +79,7 @@ def test_own_answers_are_not_answered_again(foreign_gguf: Path, tmp_path: Path) 
     timed_run_folder = tmp_path / "out" / "timed_run"
     assert not (timed_run_folder / "answers.jsonl").exists()
     assert not list((tmp_path / "states").glob("states-*"))
+    assert not list(timed_run_folder.glob("states-*"))
 
     # More hours: no other answers, so the heads learn more from these.
     result = run(*arguments(foreign_gguf, tmp_path, 34, "--dataset_name", str(answers)))
