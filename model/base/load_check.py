@@ -1,8 +1,9 @@
 """The check at load: a GGUF file is tried in a child process first, as llama.cpp aborts on some.
 
-The child (`python -m model.base.load_check FILE`) loads the whole file, tokenizes and decodes one
-token. A success is remembered per file fingerprint and llama-cpp-python version, so the check costs
-a load only once. Knows nothing of heads and of how the model is used later.
+The child (`python -m model.base.load_check FILE`) loads the whole file, tokenizes, and decodes one
+token and several, which other kernels do. A success is remembered per file, machine and
+llama-cpp-python version, so the check costs a load only once. Knows nothing of heads and of how the
+model is used later.
 """
 
 from __future__ import annotations
@@ -18,16 +19,17 @@ from pathlib import Path
 from model.base.gguf_file import GGUFFile
 from model.errors import MedusaError, ModelFileError
 from model.storage.child import ending, run_module
-from model.storage.facts import recall, remember
+from model.storage.facts import recall, remember, this_machine
 
 log = logging.getLogger(__name__)
-_VERSION = 2  # of this check: an older one's successes are not trusted
+_VERSION = 3  # of this check: an older one's successes are not trusted
 UTF8_BYTES = (*range(0x80), *range(0x80, 0xC0), *range(0xC2, 0xF5))
 _SURROGATES = range(0xD800, 0xE000)
 # Characters that hold each of these bytes: all of one or two, every 1985th of the longer ones.
 PROBE = "".join(
     chr(c) for c in (*range(0x800), *range(0x800, 0x110000, 1985)) if c not in _SURROGATES
 )
+BATCH = 16  # tokens that are decoded together
 _REFUSED = 3  # the child's exit status when it says why, on its last line of output
 
 
@@ -37,7 +39,8 @@ def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
     timeout: seconds for loading and one token. Raises ModelFileError where it does not.
     """
     file = GGUFFile(path)
-    key = f"{file.file_fingerprint()} {version('llama-cpp-python')} {_VERSION}"
+    versions = f"{version('llama-cpp-python')} {_VERSION}"
+    key = f"{file.file_fingerprint()} {versions} {this_machine()}"
     if recall("loads").get(key):
         return file
     _require_byte_pieces(file)
@@ -79,11 +82,17 @@ def _how_it_ended(status: int) -> str:
     """Say in words how the child ended, by its exit status."""
     if status == -signal.SIGKILL:
         return "loading it was stopped from outside (SIGKILL); is there enough memory?"
+    if status == -signal.SIGILL:
+        return (
+            "llama.cpp was compiled for another processor than this one, or by a GCC that breaks "
+            "AMX (SIGILL); compile it here anew: remove the virtual environment, then "
+            "PIP_NO_CACHE_DIR=1 make setup"
+        )
     return f"llama.cpp crashed on this file ({ending(status)}); it is damaged, fetch it again"
 
 
 def _try(path: Path) -> None:
-    """Load the file, tokenize every byte, decode one token.
+    """Load the file, tokenize every byte, decode one token and a batch.
 
     Raises ModelFileError, or takes the process down.
     """
@@ -95,11 +104,13 @@ def _try(path: Path) -> None:
     model = LlamaModel(path)
     base = LlamaBase(model, n_ctx=64, n_threads=_usable_cores())
     model.tokenize(PROBE)  # aborts where a vocabulary has no piece for a byte
-    base.decode(np.array([max(model.bos, 0)], np.int32), 0, 0)
-    if not np.isfinite(base.logits(1)).all():
-        raise ModelFileError(
-            f"{path}: the first token's logits are not numbers; the file is damaged, fetch it again"
-        )
+    for n in (1, min(BATCH, model.n_ctx_train)):
+        base.clear()
+        base.decode(np.full(n, max(model.bos, 0), np.int32), 0, 0)
+        if not np.isfinite(base.logits(1)).all():
+            raise ModelFileError(
+                f"{path}: its logits are not numbers; the file is damaged, fetch it again"
+            )
     base.close()
     model.close()
 
