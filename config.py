@@ -112,6 +112,17 @@ class Settings(BaseSettings):
         description="MiB of memory for what finished sequences leave, so that a prompt that begins "
         "alike need not be read again; 0: nothing is kept",
     )
+    draft_memory_mb: int = Field(
+        default=64,
+        ge=0,
+        description="MiB of memory for recycled continuations: what the base model found likely "
+        "behind the same tokens before; 0: none are drafted",
+    )
+    share_draft_memory: bool = Field(
+        default=True,
+        description="Whether sequences draft from what others showed; `false`: each from its own "
+        "alone, so that no client's speed tells of another's text",
+    )
     max_queue: int = Field(
         default=64, ge=0, le=10000, description="Sequences that may wait; more are refused (429)"
     )

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from model.decoding.decoder import Decoder
 from model.decoding.drafters.drafter import HEADS, RandomDrafter
+from model.decoding.drafters.sources import FREE
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
 from model.loaded_model import LoadedModel
@@ -71,8 +72,8 @@ def cases(
         yield "python", sweep(loaded, tuning)
     elif what == "worst":
         useless = {
-            "useless heads": adaptive_decoder(loaded, tuning, ngram=False),
-            "useless heads and n-grams": adaptive_decoder(loaded, tuning, ngram=True),
+            "useless heads": adaptive_decoder(loaded, tuning, ()),
+            "useless heads and n-grams": adaptive_decoder(loaded, tuning, FREE),
         }
         for decoder in useless.values():
             if HEADS in decoder.drafters.trees:
@@ -80,15 +81,15 @@ def cases(
                 decoder.drafters = replace(decoder.drafters, trees=at_random)
         yield "python", useless
         for kind in ("foreign", "long"):
-            yield kind, {f"both, {kind} prompts": adaptive_decoder(loaded, tuning, ngram=True)}
+            yield kind, {f"both, {kind} prompts": adaptive_decoder(loaded, tuning, FREE)}
     elif what == "copying":
         without_heads = replace(tuning, draft_s=[], accuracies=[])
         yield (
             "copying",
             {
-                "heads": adaptive_decoder(loaded, tuning, ngram=False),
-                "n-grams": adaptive_decoder(loaded, without_heads, ngram=True),
-                "both": adaptive_decoder(loaded, tuning, ngram=True),
+                "heads": adaptive_decoder(loaded, tuning, ()),
+                "n-grams": adaptive_decoder(loaded, without_heads, FREE),
+                "both": adaptive_decoder(loaded, tuning, FREE),
             },
         )
     else:
@@ -96,7 +97,7 @@ def cases(
         tree = best_tree(loaded, tuning)
         if len(tree) > 1:
             decoders[describe_fixed(tree)] = loaded.fixed_decoder(tree)
-        decoders["both"] = adaptive_decoder(loaded, tuning, ngram=True)
+        decoders["both"] = adaptive_decoder(loaded, tuning, FREE)
         yield "python", decoders
 
 

@@ -43,6 +43,8 @@ def load_options(settings: Settings) -> LoadOptions:
         k_heads=settings.medusa_k_heads,
         max_nodes=settings.medusa_max_tokens_per_step,
         prompt_cache_mb=settings.prompt_cache_mb,
+        draft_memory_mb=settings.draft_memory_mb,
+        share_draft_memory=settings.share_draft_memory,
     )
 
 
@@ -160,8 +162,8 @@ drafting_options = [
         "--draft",
         type=click.Choice([*SOURCES, *SOURCE_ALIASES]),
         default="auto",
-        help="Where draft tokens come from; auto: n-grams, and heads if the model has them. "
-        "medusa: old name of heads.",
+        help="Where draft tokens come from; auto: all there are; free: what needs no heads; both: "
+        "heads and n-grams. medusa: old name of heads.",
     ),
     click.option(
         "--policy",

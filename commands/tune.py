@@ -22,6 +22,7 @@ from commands.common import (
 from config import Settings
 from model.base.chat import ChatTemplate
 from model.decoding.decoder import Decoder
+from model.decoding.drafters.sources import FREE
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
 from model.evaluation.report import check_writable
@@ -144,7 +145,7 @@ def tried(
 
     decoders = dict[str, Decoder]()
     with ExitStack() as stack:
-        adaptive = adaptive_decoder(loaded, tuning, ngram=True, draft_vocab=draft_vocab)
+        adaptive = adaptive_decoder(loaded, tuning, FREE, draft_vocab=draft_vocab)
         decoders["adaptive policy"] = stack.enter_context(adaptive)
         if len(tree) > 1:
             fixed = loaded.fixed_decoder(tree, draft_vocab=draft_vocab)

@@ -6,6 +6,7 @@ drafts are worth their time.
 
 from __future__ import annotations
 
+import collections.abc as abc
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -24,11 +25,14 @@ from model.decoding.draft_policy import DraftPolicy, FixedPolicy
 from model.decoding.drafters.drafter import (
     HEADS,
     NGRAM,
+    RECYCLED,
+    ContinuationDrafter,
     Drafters,
     RankingDrafter,
     TreeDrafter,
 )
 from model.decoding.drafters.ngram import NgramDrafter
+from model.decoding.drafters.recycled import ContinuationMemory, RecycledDrafter
 from model.decoding.prompt_cache import PromptCache
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
@@ -54,7 +58,8 @@ class LoadOptions:
     context_size: 0: as trained, at most DEFAULT_CONTEXT. flash_attn: None: what is faster, see
     planning/flash_attention.py. k_heads: use the first so many heads; None: all. max_nodes: of a
     draft tree, its root included. prompt_cache_mb: MiB of host memory for what finished sequences
-    leave.
+    leave. draft_memory_mb: MiB for recycled continuations; 0: there are none. share_draft_memory:
+    all sequences share them.
     """
 
     n_threads: int = field(default_factory=usable_cores)
@@ -67,6 +72,8 @@ class LoadOptions:
     k_heads: int | None = None
     max_nodes: int = 64
     prompt_cache_mb: int = 1024
+    draft_memory_mb: int = 64
+    share_draft_memory: bool = True
 
 
 class LoadedModel:
@@ -252,7 +259,7 @@ class LoadedModel:
         """
         if drafter is None and len(tree) > 1:
             drafter = self.heads_drafter(tree, draft_vocab)
-        drafters = new_drafters(drafter, ngram=continuation > 0)
+        drafters = new_drafters(drafter, {NGRAM} if continuation else ())
         return self.decoder(FixedPolicy(tree, continuation), drafters, n_ctx=n_ctx)
 
     def decoder(
@@ -337,7 +344,27 @@ class LoadedModel:
         self.base_model.close()
 
 
-def new_drafters(heads: TreeDrafter | None, *, ngram: bool) -> Drafters:
-    """Return the drafters of a decoder: the heads' where they draft, n-grams where they do."""
-    trees = {} if heads is None else {HEADS: heads}
-    return Drafters(trees, {NGRAM: NgramDrafter} if ngram else {})
+def new_drafters(
+    heads: TreeDrafter | None,
+    sources: abc.Collection[str],
+    *,
+    memory_mb: int = 64,
+    share_memory: bool = True,
+) -> Drafters:
+    """Return the drafters of a decoder: the heads' if there are any, and those of `sources`.
+
+    memory_mb, share_memory: of recycled continuations, see LoadOptions.
+    """
+    continuations = dict[str, abc.Callable[[list[int]], ContinuationDrafter]]()
+    if NGRAM in sources:
+        continuations[NGRAM] = NgramDrafter
+    if RECYCLED in sources and memory_mb:
+        shared = ContinuationMemory(memory_mb)
+
+        def recycled(tokens: list[int]) -> ContinuationDrafter:
+            return RecycledDrafter(
+                tokens, shared if share_memory else ContinuationMemory(memory_mb)
+            )
+
+        continuations[RECYCLED] = recycled
+    return Drafters({} if heads is None else {HEADS: heads}, continuations)

@@ -69,6 +69,7 @@ class Oracle:
     """Drafts what the fake model will choose at one of the ranks, noise at the others."""
 
     name = "heads"
+    max_depth = 4
 
     def __init__(self, base: FakeBase, sequence: Sequence, tree: Tree, miss: float) -> None:
         self.base, self.sequence, self.tree, self.miss = base, sequence, tree, miss
@@ -89,6 +90,21 @@ class Oracle:
                 out[k, rank] = token
         return [tree.fill(out) for tree in trees]
 
+    def look(
+        self,
+        hidden: npt.NDArray[np.float32],
+        states: abc.Sequence[int],
+        paths: abc.Sequence[abc.Sequence[int]],
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        tokens = self.rng.integers(0, self.base.n_vocab, (len(paths), 3)).tolist()
+        for path, guesses in zip(paths, tokens, strict=True):
+            history = [*self.sequence.tokens, *path[1:]]
+            index = len(history) - self.sequence.n_prompt
+            if self.rng.random() >= self.miss:
+                logits = self.base.logits_of(history)
+                guesses[self.rng.integers(3)] = self.sequence.sampler.choose(logits, index)
+        return tokens, [[0.3, 0.2, 0.1]] * len(paths)
+
 
 class Knowing:
     """Drafts a text that is known, now and then wrongly, each guess at a rank by chance."""
@@ -100,6 +116,20 @@ class Knowing:
     ) -> None:
         self.text, self.so_far, self.miss = text, so_far, miss
         self.shape, self.rng = (tree.max_depth, tree.n_ranks), np.random.default_rng(seed)
+        self.max_depth = tree.max_depth
+
+    def look(
+        self,
+        hidden: npt.NDArray[np.float32],
+        states: abc.Sequence[int],
+        paths: abc.Sequence[abc.Sequence[int]],
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        tokens = self.rng.integers(0, 50, (len(paths), 3)).tolist()
+        at = len(self.so_far) + len(paths[0]) - 1
+        for guesses in tokens:
+            if at < len(self.text) and self.rng.random() >= self.miss:
+                guesses[self.rng.integers(3)] = self.text[at]
+        return tokens, [[0.3, 0.2, 0.1]] * len(paths)
 
     def draft(
         self, hidden: npt.NDArray[np.float32], roots: abc.Sequence[int], trees: abc.Sequence[Tree]

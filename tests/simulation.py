@@ -8,14 +8,13 @@ import numpy as np
 import numpy.typing as npt
 from oracles import new_sequence
 
-from model.decoding.draft import Proposal, assemble
+from model.decoding.draft import Draft
 from model.decoding.draft_policy import DraftPolicy, StepOutcome
-from model.decoding.drafters.drafter import HEADS, NGRAM, ConstantDrafter
+from model.decoding.drafters.drafter import HEADS, NGRAM, Guesses
+from model.decoding.drafters.ngram import PRIORS
 from model.decoding.sequence import Sequence
 from model.planning.adaptive_policy import AdaptivePolicy
-from model.planning.sources import ContinuationSource, SourceModel, TreeSource
 from model.trees.costs import CostCurve
-from model.trees.search import grow
 from model.trees.tree import Tree
 
 Times = tuple[tuple[int, float], ...]  # rows of a step, and its seconds in multiples of one row's
@@ -54,10 +53,12 @@ Q4_K_M: Times = (
 LONG: Times = (*BF16, (32, 5.5))
 
 GOOD = np.array([[0.75, 0.1, 0.04], [0.6, 0.12, 0.05], [0.5, 0.12, 0.05], [0.45, 0.1, 0.05]])
-DRAFT_S = 0.05  # of the heads, in multiples of one row's seconds
-FURTHER_SEQUENCE_S = 0.1  # of it, for each further sequence that they draft for
+LOOK_S = 0.05  # of the heads for the first level, in multiples of one row's seconds
+LEVEL_S = 0.01  # for each further one
+LOOK_SECONDS = tuple(LOOK_S + LEVEL_S * level for level in range(len(GOOD)))
+FURTHER_PATH_S = 0.1  # of it, for each further path that is looked at
 
-TRUTH = 100  # the right token is this and its position
+TRUTH = 100  # the right token behind one of these is the next number
 WRONG = -1
 
 
@@ -65,33 +66,91 @@ def curve(times: Times) -> CostCurve:
     return CostCurve((0,), tuple(n for n, _ in times), (tuple(t for _, t in times),))
 
 
-def heads_source(draft_seconds: abc.Sequence[float] = (DRAFT_S,) * len(GOOD)) -> TreeSource:
-    return TreeSource(HEADS, grow(GOOD, 15), GOOD, draft_seconds)
-
-
 def adaptive(
-    times: Times, *, heads: bool = True, continuation: int = 0, max_rows: int = 512
+    times: Times,
+    *,
+    heads: bool = True,
+    ngram: bool = False,
+    look_seconds: abc.Sequence[float] = LOOK_SECONDS,
+    max_rows: int = 512,
+    **limits: int,
 ) -> AdaptivePolicy:
-    sources: list[SourceModel] = []
-    if heads:
-        sources.append(heads_source())
-    if continuation:
-        sources.append(ContinuationSource(NGRAM, continuation))
-    return AdaptivePolicy(curve(times), sources, max_rows=max_rows)
+    priors = {NGRAM: PRIORS} if ngram else {}
+    return AdaptivePolicy(
+        curve(times), priors, look_seconds if heads else (), max_rows=max_rows, **limits
+    )
 
 
-def drafted_sequence() -> Sequence:
-    """A sequence with heads, whose guesses the world makes."""
-    sequence = new_sequence([0], 10**9)
-    sequence.tree_drafters[HEADS] = ConstantDrafter(0)
-    return sequence
+class ChanceHeads:
+    """Heads whose guesses are right by chance.
+
+    rates: (K, R), how often the guess of a rank is right behind a right path. sure: how often the
+    first level knows: its probability is then 1 and it is right; else it is right as rarely as the
+    rates leave over. seconds: that it has taken, to be read and set to 0.
+    """
+
+    name = HEADS
+    max_depth = len(GOOD)
+
+    def __init__(self, rates: npt.NDArray[np.float64], seed: int = 0, *, sure: float = 0.0) -> None:
+        self.rates = rates
+        self.sure = sure
+        self.seconds = 0.0
+        self.looks = 0
+        self._rng = np.random.default_rng(seed)
+
+    def look(
+        self,
+        hidden: npt.NDArray[np.float32],
+        states: abc.Sequence[int],
+        paths: abc.Sequence[abc.Sequence[int]],
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        level = len(paths[0]) - 1
+        cost = LEVEL_S if level else LOOK_S
+        self.seconds += cost * (1 + FURTHER_PATH_S * (len(paths) - 1))
+        self.looks += level == 0
+        guesses = [self._guess(path[-1], level) for path in paths]
+        return [tokens for tokens, _ in guesses], [shares for _, shares in guesses]
+
+    def _guess(self, last: int, level: int) -> tuple[list[int], list[float]]:
+        rates = self.rates[level]
+        if self.sure and level == 0:
+            if self._rng.random() < self.sure:
+                rates = np.array([1.0, 0.0, 0.0])
+            else:
+                rates = np.array([max(0.0, rates[0] - self.sure) / (1 - self.sure), 0.0, 0.0])
+        tokens = [WRONG - rank for rank in range(len(rates))]
+        right = int(np.searchsorted(rates.cumsum(), self._rng.random(), side="right"))
+        if last >= TRUTH and right < len(tokens):
+            tokens[right] = last + 1
+        return tokens, rates.tolist()
+
+    def draft(
+        self, hidden: npt.NDArray[np.float32], roots: abc.Sequence[int], trees: abc.Sequence[Tree]
+    ) -> list[list[int]]:
+        """Fill whole trees, as fixed policies ask for."""
+        self.seconds += LOOK_S * (1 + FURTHER_PATH_S * (len(trees) - 1))
+        return [self._fill(root, tree) for root, tree in zip(roots, trees, strict=True)]
+
+    def _fill(self, root: int, tree: Tree) -> list[int]:
+        tokens = [root] + [WRONG] * (len(tree) - 1)
+        for node, children in enumerate(tree.children):
+            if not children:
+                continue
+            guesses, _ = self._guess(tokens[node], tree.depth_list[node])
+            for child in children:
+                rank = int(tree.ranks[child])
+                tokens[child] = guesses[rank] if rank < len(guesses) else WRONG
+        return tokens[1:]
 
 
 class ChanceDrafter:
     """A continuation drafter: each token is right by chance, if those before it are.
 
-    matches: in what share of the steps it has anything to say. agreeing: tokens that it says agree.
+    matches: in what share of the steps it has anything to say. kind: of its guesses.
     """
+
+    learns = False
 
     def __init__(
         self,
@@ -100,123 +159,106 @@ class ChanceDrafter:
         *,
         rate: float,
         matches: float = 1.0,
-        agreeing: int = 8,
+        kind: int = 4,
         seed: int = 0,
     ) -> None:
         self.name = name
         self.rate = rate
         self._sequence = sequence
         self._matches = matches
-        self._agreeing = agreeing
+        self._kind = kind
         self._rng = np.random.default_rng(seed)
 
-    def propose(self, most: int) -> tuple[list[int], int]:
-        if self._rng.random() >= self._matches:
-            return [], 0
-        begin = len(self._sequence.tokens)
-        right = (self._rng.random(most) < self.rate).cumprod().astype(bool)
-        tokens = [TRUTH + begin + i if right[i] else WRONG for i in range(most)]
-        return tokens, self._agreeing
+    def start(self) -> int | None:
+        return self._sequence.tokens[-1] if self._rng.random() < self._matches else None
+
+    def advance(self, cursor: int, token: int) -> int:
+        return token
+
+    def guesses(self, cursor: int) -> Guesses:
+        right = cursor >= TRUTH and self._rng.random() < self.rate
+        return [(cursor + 1 if right else WRONG, self._kind)]
+
+    def observe(self, *_: object) -> None:
+        pass
+
+
+def drafted_sequence(heads: ChanceHeads | None = None) -> Sequence:
+    """A sequence, with heads where they are given."""
+    sequence = new_sequence([TRUTH], 10**9, n_vocab=10**9)
+    if heads is not None:
+        sequence.tree_drafters[HEADS] = heads
+    return sequence
 
 
 class World:
-    """Simulated decoding: true rates of the heads' guesses, a curve, noise on the clock.
+    """Simulated decoding: a curve, noise on the clock, and the right token is the next number.
 
     dearer: how many times the curve's seconds steps with drafts take, which nobody knows
-    beforehand.
+    beforehand. heads: of the sequences that it makes.
     """
 
     def __init__(
         self,
         times: Times,
-        rates: npt.NDArray[np.float64],
+        rates: npt.NDArray[np.float64] | None = None,
         seed: int = 0,
         dearer: float = 1.0,
+        sure: float = 0.0,
     ) -> None:
         self.curve = curve(times)
-        self.rates = rates
         self.rng = np.random.default_rng(seed)
         self.dearer = dearer
+        self.heads = None if rates is None else ChanceHeads(rates, seed + 1, sure=sure)
+
+    def sequence(self) -> Sequence:
+        return drafted_sequence(self.heads)
 
     def run(self, policy: DraftPolicy, n: int, *given: Sequence) -> float:
         """Return the speed in multiples of plain decoding's, over n plain steps' tokens or more."""
-        sequences = given or (drafted_sequence(),)
+        sequences = given or (self.sequence(),)
         for sequence in sequences:
             sequence.hidden = np.zeros((1, 4), np.float32)
         emitted = 0
         spent = 0.0
         while emitted < n * len(sequences):
-            new, seconds = self.go(policy, sequences, policy.propose(sequences))
+            new, seconds, _ = self.go(policy, sequences)
             emitted += new
             spent += seconds
         plain_seconds = self.curve.seconds_for(len(sequences), 0)
         return emitted / spent * plain_seconds / len(sequences)
 
     def go(
-        self,
-        policy: DraftPolicy,
-        sequences: abc.Sequence[Sequence],
-        proposals: abc.Sequence[Proposal],
-    ) -> tuple[int, float]:
-        """Take a step; return its tokens and its seconds, drafting included."""
-        filled = [
-            [self._guess(part.tree, sequence) for part in proposal.trees]
-            for proposal, sequence in zip(proposals, sequences, strict=True)
-        ]
-        all_emitted = list[list[int]]()
-        n_rows = 0
-        for sequence, proposal, guesses in zip(sequences, proposals, filled, strict=True):
-            emitted, nodes = _verify(sequence, proposal, guesses)
-            all_emitted.append(emitted)
-            n_rows += nodes
-
+        self, policy: DraftPolicy, sequences: abc.Sequence[Sequence]
+    ) -> tuple[int, float, list[Draft]]:
+        """Take a step; return its tokens, its seconds, drafting included, and the drafts."""
+        drafts = policy.draft(sequences)
+        n_rows = sum(len(draft.tree) for draft in drafts)
         seconds = self.curve.seconds_for(n_rows, 0) * float(self.rng.lognormal(0, 0.05))
         if n_rows > len(sequences):
             seconds *= self.dearer
-        for sequence, proposal, guesses, emitted in zip(
-            sequences, proposals, filled, all_emitted, strict=True
-        ):
+        total = 0
+        for sequence, draft in zip(sequences, drafts, strict=True):
+            node, emitted = verified(draft)
             wanted = policy.wants_hidden(sequence)
             sequence.tokens += emitted
             sequence.hidden = np.zeros((1, 4), np.float32) if wanted else None
-            outcome = StepOutcome(proposal, guesses, emitted, n_rows, seconds)
-            policy.record(sequence, outcome)
-
-        users = sum(len(proposal.trees) > 0 for proposal in proposals)
-        if users:
-            seconds += DRAFT_S * (1 + FURTHER_SEQUENCE_S * (users - 1))
-        return sum(len(emitted) for emitted in all_emitted), seconds
-
-    def _guess(self, tree: Tree, sequence: Sequence) -> list[int]:
-        """Return the heads' tokens: which child, if any, is right is a matter of chance."""
-        tokens = [WRONG] * len(tree)
-        node = 0
-        while True:
-            depth = tree.depth_list[node]
-            right = self._right_child(tree, node, depth)
-            if not right:
-                return tokens[1:]
-            tokens[right] = TRUTH + len(sequence.tokens) + depth
-            node = right
-
-    def _right_child(self, tree: Tree, node: int, depth: int) -> int:
-        draw = self.rng.random()
-        for child in tree.children[node]:
-            draw -= self.rates[depth, tree.ranks[child]]
-            if draw < 0:
-                return child
-        return 0
+            logits = np.zeros((len(draft.tree), 4), np.float32)
+            policy.record(sequence, StepOutcome(draft, node, emitted, logits, n_rows, seconds))
+            total += len(emitted)
+        if self.heads is not None:
+            seconds += self.heads.seconds
+            self.heads.seconds = 0.0
+        return total, seconds, drafts
 
 
-def _verify(
-    sequence: Sequence, proposal: Proposal, guesses: abc.Sequence[list[int]]
-) -> tuple[list[int], int]:
-    """Return what a step emits, and the nodes of its tree."""
-    draft = assemble(sequence.tokens[-1], proposal, guesses)
+def verified(draft: Draft) -> tuple[int, list[int]]:
+    """Return the last accepted node, and what a step emits."""
     emitted = list[int]()
     node = 0
     while True:
-        emitted.append(TRUTH + len(sequence.tokens) + len(emitted))
-        node = draft.tree.child_with(node, emitted[-1], draft.tokens)
-        if not node:
-            return emitted, len(draft.tree)
+        emitted.append(draft.tokens[node] + 1)
+        child = draft.tree.child_with(node, emitted[-1], draft.tokens)
+        if not child:
+            return node, emitted
+        node = child

@@ -45,7 +45,7 @@ class DraftStatistics:
     emitted: tokens, the base model's own included. drafted, accepted: nodes by depth, from depth 1
     on. drafted_by_source, accepted_by_source: the same by the name of the draft source.
     steps_by_nodes: steps by the nodes of their tree, the root included. steps_by_depth: steps by
-    the depth of what the tree drafters drafted. seconds: by stage; steps that sequences share are
+    how deep the heads were asked. seconds: by stage; steps that sequences share are
     shared out evenly. timeline: when a list, each step's start and the seconds of its STAGES.
     """
 
@@ -67,10 +67,10 @@ class DraftStatistics:
         self.steps += 1
         self.emitted += emitted
         self.steps_by_nodes[n_nodes] += 1
-        if n_nodes == 1:
-            return
         if draft.filled_depth:
             self.steps_by_depth[draft.filled_depth] += 1
+        if n_nodes == 1:
+            return
         for depth, nodes in enumerate(tree.level_sizes):
             if depth == len(self.drafted):
                 self.drafted.append(0)
@@ -78,12 +78,10 @@ class DraftStatistics:
             self.drafted[depth] += nodes
         for depth in range(tree.depth_list[node]):
             self.accepted[depth] += 1
-        begin = 1
-        for source, end in draft.spans:
-            self.drafted_by_source[source] += end - begin
-            begin = end
+        for source in draft.sources:
+            self.drafted_by_source[source] += 1
         for accepted in tree.path_to(node)[1:]:
-            self.accepted_by_source[draft.source_of(accepted)] += 1
+            self.accepted_by_source[draft.sources[accepted - 1]] += 1
 
     def add_seconds(self, recorder: StageRecorder, share: float) -> None:
         """Add a share of a step's seconds."""

@@ -12,14 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from model.base.llama import RowSeqIds
-from model.decoding.draft import Draft, Proposal, assemble
+from model.decoding.draft import Draft
 from model.decoding.draft_policy import DraftPolicy, StepOutcome
-from model.decoding.drafters.drafter import TreeDrafter
 from model.decoding.sequence import Sequence
 from model.decoding.statistics import StageRecorder
 from model.decoding.tree_cache import Cache, roll_back, tree_rows
 from model.decoding.verification import verify, verify_typically
-from model.trees.tree import Tree
 
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -48,13 +46,8 @@ def step(base: Base, sequences: abc.Sequence[Sequence], policy: DraftPolicy) -> 
     """
     recorder = StageRecorder()
 
-    # Draft: the policy says what, the drafters fill it.
-    proposals = policy.propose(sequences)
-    filled = _fill(sequences, proposals)
-    drafts = [
-        assemble(sequence.tokens[-1], proposal, guesses)
-        for sequence, proposal, guesses in zip(sequences, proposals, filled, strict=True)
-    ]
+    # Draft: the policy asks the drafters, and says what is to be verified.
+    drafts = policy.draft(sequences)
     base.want_states(any(policy.wants_hidden(sequence) for sequence in sequences))
     recorder.ended("draft")
 
@@ -88,8 +81,9 @@ def step(base: Base, sequences: abc.Sequence[Sequence], policy: DraftPolicy) -> 
     seconds = spent["tree"] + spent["decode"] + spent["verify"] + spent["cache"]
     for i, sequence in enumerate(sequences):
         node, emitted = accepted[i]
-        sequence.accept(emitted, logits[offsets[i] : offsets[i + 1]], drafts[i].tree, node)
-        policy.record(sequence, StepOutcome(proposals[i], filled[i], emitted, n_rows, seconds))
+        rows = logits[offsets[i] : offsets[i + 1]]
+        sequence.accept(emitted, rows, drafts[i].tree, node)
+        policy.record(sequence, StepOutcome(drafts[i], node, emitted, rows, n_rows, seconds))
     recorder.ended("policy")
     for sequence in sequences:
         sequence.statistics.add_seconds(recorder, 1 / len(sequences))
@@ -121,27 +115,3 @@ def _verify(sequence: Sequence, draft: Draft, logits: Float32Array) -> tuple[int
         ends_with=sequence.ends_with,
         room=sequence.max_length - len(sequence.tokens),
     )
-
-
-def _fill(
-    sequences: abc.Sequence[Sequence], proposals: abc.Sequence[Proposal]
-) -> list[list[list[int]]]:
-    """Return for each sequence, for each tree of its proposal, the tokens of its nodes 1 … N-1.
-
-    Sequences with the same drafter share a call.
-    """
-    filled: list[list[list[int]]] = [[[]] * len(proposal.trees) for proposal in proposals]
-    calls: dict[TreeDrafter, list[tuple[int, int, Tree]]] = {}
-    for i, proposal in enumerate(proposals):
-        for k, (source, tree) in enumerate(proposal.trees):
-            drafter = sequences[i].tree_drafters[source]
-            calls.setdefault(drafter, []).append((i, k, tree))
-    for drafter, parts in calls.items():
-        states = [state for i, _, _ in parts if (state := sequences[i].hidden) is not None]
-        assert len(states) == len(parts), "a tree is drafted from a hidden state"
-        hidden = states[0] if len(states) == 1 else np.concatenate(states)
-        roots = [sequences[i].tokens[-1] for i, _, _ in parts]
-        guesses = drafter.draft(hidden, roots, [tree for _, _, tree in parts])
-        for (i, k, _), tokens in zip(parts, guesses, strict=True):
-            filled[i][k] = tokens
-    return filled

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from model.base.llama import LlamaBase, RowSeqIds
 from model.decoding.decoder import Decoder
 from model.decoding.draft_policy import FixedPolicy
-from model.decoding.drafters.drafter import HEADS, NGRAM
+from model.decoding.drafters.drafter import HEADS, NGRAM, Guesses
 from model.decoding.request import Request
 from model.decoding.sampling import Sampler
 from model.decoding.sequence import Sequence
@@ -60,9 +60,19 @@ class _WrongContinuation:
     """Expects a token that the model never chooses."""
 
     name = NGRAM
+    learns = False
 
-    def propose(self, most: int) -> tuple[list[int], int]:
-        return [0] * most, 1
+    def start(self) -> int:
+        return 0
+
+    def advance(self, cursor: int, token: int) -> int:
+        return cursor
+
+    def guesses(self, cursor: int) -> Guesses:
+        return [(0, 0)]
+
+    def observe(self, *_: object) -> None:
+        pass
 
 
 class Fault(NamedTuple):

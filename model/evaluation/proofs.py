@@ -16,7 +16,13 @@ import numpy.typing as npt
 from model.base.llama import LlamaBase
 from model.decoding.decoder import Decoder
 from model.decoding.draft_policy import FixedPolicy
-from model.decoding.drafters.drafter import HEADS, ConstantDrafter, RandomDrafter, TreeDrafter
+from model.decoding.drafters.drafter import (
+    HEADS,
+    NGRAM,
+    ConstantDrafter,
+    RandomDrafter,
+    TreeDrafter,
+)
 from model.decoding.request import Request
 from model.decoding.sequence import Sequence
 from model.evaluation.replay import noise_floor, replay, replay_base
@@ -72,7 +78,7 @@ def prove(
             for name, drafter in drafters(loaded, tree).items():
                 continuation = CONTINUATION if name in (BOTH, WITHOUT_HEADS) else 0
                 policy = FixedPolicy(tree, continuation)
-                drafters_of = new_drafters(drafter, ngram=continuation > 0)
+                drafters_of = new_drafters(drafter, {NGRAM} if continuation else ())
                 with loaded.decoder(policy, drafters_of) as decoder:
                     drafted = [
                         generate(decoder, request, known.tokens)

@@ -20,6 +20,7 @@ from model.errors import HeadsError
 from model.heads.draft_vocabulary import commonest
 from model.heads.fast import Call, DType, PerHead, compiled, fastest, linear
 from model.heads.medusa import MedusaHeads
+from model.trees.likeliest import likeliest
 from model.trees.tree import Tree
 
 Int32Array = npt.NDArray[np.int32]
@@ -69,6 +70,11 @@ class HeadsDrafter:
         self.dtype = self._fastest(heads) if dtype == "auto" else dtype
         self._prepare(heads)
 
+    @property
+    def max_depth(self) -> int:
+        """See LevelDrafter."""
+        return self._n_heads
+
     def _fastest(self, heads: MedusaHeads) -> str:
         """Time one row in each type, with a part of the LM head only, and name the fastest."""
         rows = np.arange(min(heads.config.n_rows, PROBE_VOCAB), dtype=np.int32)
@@ -106,9 +112,20 @@ class HeadsDrafter:
             return self.ids[best], None
         return self.ids[best], np.exp(self._shaped(top) - log_total)
 
+    def _likeliest(self, scores: Tensor) -> tuple[list[list[int]], list[list[float]]]:
+        """Return the best tokens and about their probabilities, for each row of logits (rows,V)."""
+        tokens = list[list[int]]()
+        probabilities = list[list[float]]()
+        for row in self._shaped(scores.numpy()):
+            columns, shares = likeliest(row)
+            tokens.append([int(self.ids[column]) for column in columns])
+            probabilities.append(shares)
+        return tokens, probabilities
+
     def _shaped(self, logits: Float32Array) -> Float32Array:
         """Scale and cap logits as the base model does; it changes no order, so ranking needn't."""
-        logits = logits * np.float32(self._scale)
+        if self._scale != 1.0:
+            logits = logits * np.float32(self._scale)
         if not self._cap:
             return logits
         cap = np.float32(self._cap)
@@ -127,6 +144,9 @@ class MedusaDrafter(HeadsDrafter):
     A `RankingDrafter` of `model/decoding/drafters/drafter.py`.
     """
 
+    # The last states that were looked at, and what was guessed from them.
+    _looked: tuple[Float32Array, tuple[list[list[int]], list[list[float]]]] | None = None
+
     def rank(
         self, hidden: Float32Array, tokens: object = None
     ) -> tuple[Int32Array, Float32Array | None]:
@@ -140,6 +160,17 @@ class MedusaDrafter(HeadsDrafter):
         if probabilities is not None:
             probabilities = probabilities.reshape(shape)
         return best.reshape(shape), probabilities
+
+    def look(
+        self, hidden: Float32Array, states: Sequence[int], paths: Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """See LevelDrafter. All levels come at once: the first look keeps them for the others."""
+        if self._looked is None or self._looked[0] is not hidden:
+            self._looked = (hidden, self._likeliest(self._logits(torch.from_numpy(hidden))))
+        tokens, probabilities = self._looked[1]
+        level = len(paths[0]) - 1
+        rows = [state * self._n_heads + level for state in states]
+        return [tokens[row] for row in rows], [probabilities[row] for row in rows]
 
     def draft(
         self, hidden: Float32Array, roots: Sequence[int], trees: Sequence[Tree]

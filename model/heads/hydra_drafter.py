@@ -59,6 +59,14 @@ class HydraDrafter(HeadsDrafter):
             return np.stack(best, 1), None
         return np.stack(best, 1), np.stack(probabilities, 1)
 
+    def look(
+        self, hidden: Float32Array, states: Sequence[int], paths: Sequence[Sequence[int]]
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """See LevelDrafter."""
+        rows = hidden if len(hidden) == 1 else hidden[list(states)]
+        head = self._heads[len(paths[0]) - 1]
+        return self._likeliest(head(torch.from_numpy(rows), torch.tensor(paths)))
+
     def draft(
         self, hidden: Float32Array, roots: Sequence[int], trees: Sequence[Tree]
     ) -> list[list[int]]:

@@ -1,69 +1,114 @@
-"""An acceptance rate: which share of drafted tokens is accepted, from a prior and what was seen.
+"""Acceptance rates: how often guesses of a kind are right, from a prior and from what was seen.
 
-Knows neither what was drafted nor by whom.
+Knows neither what was guessed nor by whom.
 """
 
 from __future__ import annotations
 
-# Tries that the prior counts for. In tests/simulation.py 1 is as good, on the whole; 4 loses 1 to
-# 2 % with heads that are worth nothing and wins half a percent with good ones.
-PRIOR_WEIGHT = 2.0
-# The same for a prior that other sequences have shown. On answers of SmolLM2-135M, in simulated
-# time, 2 and 8 are as good; in tests/simulation.py 8 is slow where a sequence is unlike the others.
-SHARED_WEIGHT = 4.0
-# Of what was seen, per look at what pays: what a sequence is about changes. In tests/simulation.py
-# 0.8 is as good, and 0.95 loses 5 % more where a sequence turns.
-DECAY = 0.9
-# Tries of all sequences that are remembered, the latest ones. With 50 heads that have become good
-# are found later, with 16 n-grams earn 1 % less on answers of SmolLM2-135M.
-MEMORY = 25.0
+import collections.abc as abc
+from math import sqrt
+
+# Tries that count at the most, of all sequences and of one: what they are about changes.
+SHARED_MEMORY = 200.0
+OWN_MEMORY = 48.0
+PRIOR_WEIGHT = 10.0  # tries that what is known beforehand counts for
+CAUTION = 0.4  # standard errors
 
 
 class AcceptanceRate:
     """Starts at a prior and follows what is recorded.
 
-    prior: a number, or the rate of all sequences, which learns what is recorded here. A rate may
-    also be a ratio: the accepted tokens to those that another estimate expects. The prior is then
-    1, and each try counts as much as that estimate expects of it.
+    prior: a number, or the rate of all sequences, which learns what is recorded here. memory: tries
+    that count, the latest ones.
     """
 
-    __slots__ = ("_prior", "accepted", "tries")
+    __slots__ = ("_memory", "_prior", "accepted", "tries")
 
-    def __init__(self, prior: float | AcceptanceRate) -> None:
+    def __init__(self, prior: float | AcceptanceRate, memory: float = SHARED_MEMORY) -> None:
         self._prior = prior
+        self._memory = memory
         self.tries = 0.0
         self.accepted = 0.0
 
-    def record(self, accepted: bool, tries: float = 1.0) -> None:
-        """Take note of one drafted token. tries: what it counts for; other than 1 for a ratio."""
-        self.tries += tries
+    def record(self, accepted: bool) -> None:
+        """Take note of one guess that was held against the base model's choice."""
+        if self.tries >= self._memory:
+            kept = (self._memory - 1) / self.tries
+            self.tries *= kept
+            self.accepted *= kept
+        self.tries += 1.0
         if accepted:
             self.accepted += 1.0
         if isinstance(self._prior, AcceptanceRate):
-            self._prior.record(accepted, tries)
-            if self._prior.tries > MEMORY:
-                self._prior.decay()
-
-    def decay(self, factor: float = DECAY) -> None:
-        """Let what was seen count for less."""
-        self.tries *= factor
-        self.accepted *= factor
-
-    def forget(self, factor: float) -> None:
-        """Let what was seen count for less, here and of all sequences."""
-        self.decay(factor)
-        if isinstance(self._prior, AcceptanceRate):
-            self._prior.decay(factor)
-
-    @property
-    def prior(self) -> float:
-        """The estimate before anything was seen."""
-        if isinstance(self._prior, AcceptanceRate):
-            return self._prior.mean
-        return self._prior
+            self._prior.record(accepted)
 
     @property
     def mean(self) -> float:
         """The estimate: what was accepted of the tries, the prior's included."""
-        weight = SHARED_WEIGHT if isinstance(self._prior, AcceptanceRate) else PRIOR_WEIGHT
-        return (self.accepted + weight * self.prior) / (self.tries + weight)
+        prior = self._prior.mean if isinstance(self._prior, AcceptanceRate) else self._prior
+        return (self.accepted + PRIOR_WEIGHT * prior) / (self.tries + PRIOR_WEIGHT)
+
+    @property
+    def cautious(self) -> float:
+        """The estimate, less what it may be too high by.
+
+        Who drafts picks what looks best, and with it what looks better than it is.
+        """
+        mean = self.mean
+        return mean - CAUTION * sqrt(mean * (1 - mean) / (self.tries + PRIOR_WEIGHT))
+
+
+# A guess that stands alone is as good as its kind says, one that another source has too is better,
+# and one where the others have others is worse.
+ALONE, AGREEING, DISAGREEING = range(3)
+
+
+class Calibration:
+    """The acceptance rates of one draft source over all sequences, by kind of guess.
+
+    Of each kind there are three: guesses that stand alone, agree and disagree with other sources.
+    priors: by kind, what is expected before anything was seen.
+    """
+
+    def __init__(self, priors: abc.Sequence[float]) -> None:
+        self.rates = list[AcceptanceRate]()
+        for prior in priors:
+            for expected in (prior, 1 - (1 - prior) * 0.5, prior * 0.4):
+                self.rates.append(AcceptanceRate(expected))
+
+    def of_sequence(self) -> SequenceCalibration:
+        """Return the rates of a new sequence, which begin where all others are."""
+        return SequenceCalibration(self.rates)
+
+
+class SequenceCalibration:
+    """The acceptance rates of one draft source for one sequence.
+
+    A probability is worked out once between two records of its kind.
+    """
+
+    __slots__ = ("_known", "_own", "_shared")
+
+    def __init__(self, shared: abc.Sequence[AcceptanceRate]) -> None:
+        self._shared = shared
+        self._own: dict[int, AcceptanceRate] = {}
+        self._known: dict[int, float] = {}
+
+    def probability(self, kind: int) -> float:
+        """Return how likely a guess of this kind is right.
+
+        kind: three times the source's kind, and ALONE, AGREEING or DISAGREEING.
+        """
+        known = self._known.get(kind)
+        if known is None:
+            own = self._own.get(kind)
+            known = self._known[kind] = (own or self._shared[kind]).cautious
+        return known
+
+    def record(self, kind: int, accepted: bool) -> None:
+        """Take note of a guess, for this sequence and for all."""
+        own = self._own.get(kind)
+        if own is None:
+            own = self._own[kind] = AcceptanceRate(self._shared[kind], OWN_MEMORY)
+        own.record(accepted)
+        self._known.pop(kind, None)

@@ -1,144 +1,358 @@
 """The adaptive policy: each step drafts what earns most tokens per second, or nothing.
 
-It puts together what this room has: step-time model, draft sources, cool-downs and node budget.
-Knows sequences and their sources, neither logits nor the cache.
+Continuation drafters take no time, so they are asked in every step. The heads take some, so they
+are asked where that has paid lately; deeper levels only where the path there is likely. Knows
+sequences and their drafters, neither logits nor the cache.
 """
 
 from __future__ import annotations
 
 import collections.abc as abc
-from functools import lru_cache
-from itertools import chain, combinations
+from time import perf_counter
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
-from model.decoding.draft import NO_DRAFT, Proposal
+import numpy as np
+
+from model.decoding.draft import Draft, no_draft
 from model.decoding.draft_policy import StepOutcome
+from model.decoding.drafters.drafter import (
+    BIN_PRIORS,
+    HEADS,
+    LevelDrafter,
+    ranked_bins,
+)
 from model.decoding.sequence import Sequence
-from model.planning.cool_down import CoolDown
-from model.planning.node_budget import Counts, NodeBudget, allocate
-from model.planning.sequence_state import Evidence, SequenceState
-from model.planning.sources import SourceModel
+from model.planning.acceptance_rate import Calibration
+from model.planning.source_value import SourceValue
 from model.planning.step_time import StepTimeModel
+from model.planning.tree_growth import UNKNOWN, Growth, Limits, Node, Source, grow
 from model.trees.costs import CostCurve
+
+# Of a level's seconds for one sequence: what each further one takes (the bundled model's heads:
+# 0.04).
+FURTHER_SEQUENCE = 0.1
+
+
+class _Asking(NamedTuple):
+    """A sequence that asks the heads."""
+
+    growth: Growth
+    sequence: Sequence
+    value: SourceValue
+
+
+# Heads are too sure of themselves: on answers of SmolLM2-135M at temperatures 0 and 0.7 they were
+# right in 0.4 to 0.8 of what they promised, where no other source had a guess.
+HEAD_PRIORS = tuple(0.8 * p for p in BIN_PRIORS)
 
 
 class AdaptivePolicy:
     """A `DraftPolicy` that follows what each sequence shows and what steps take.
 
-    curve: seconds of a step, drafting left out. sources: any number. max_nodes: of a sequence's
-    draft tree, the root included. max_rows: of a step, over all sequences.
+    curve: seconds of a step, drafting left out. priors: by the name of a continuation source, how
+    often each kind of its guesses is accepted. look_seconds: (K,) that the heads take to be asked
+    for their first 1, 2, … K levels; empty: there are none. max_nodes: of a sequence's draft tree,
+    the root included. max_leaves: of it. max_rows: of a step, over all sequences.
     """
 
     def __init__(
         self,
         curve: CostCurve,
-        sources: abc.Sequence[SourceModel],
+        priors: abc.Mapping[str, abc.Sequence[float]],
+        look_seconds: abc.Sequence[float] = (),
         *,
-        max_nodes: int = 256,
+        max_nodes: int = 64,
+        max_leaves: int = 16,
         max_rows: int = 512,
     ) -> None:
-        # A continuation takes no time, so trees are held against what is expected of it, not the
-        # other way round.
-        continuations = [source for source in sources if not source.needs_hidden]
-        self._sources = [*continuations, *(source for source in sources if source.needs_hidden)]
-        self.max_leaves = max(1, sum(source.max_leaves for source in sources))
-        self.max_nodes = min(1 + sum(source.max_nodes for source in sources), max_nodes)
         # No sequence drafts more than was measured.
-        room = min(self.max_nodes, curve.sizes[-1]) - 1
-        self._budget = NodeBudget([source.draft_seconds for source in self._sources], room)
+        self.max_nodes = min(max_nodes, curve.sizes[-1]) if priors or look_seconds else 1
+        self.max_leaves = max(1, min(max_leaves, self.max_nodes - 1))
+        self._limits = Limits(self.max_nodes - 1, self.max_leaves)
         self._step_time = StepTimeModel(curve, max_rows)
-        self._left_out = _subsets(
-            i for i, source in enumerate(self._sources) if source.draft_seconds is not None
-        )
-        # By source: what sequences have shown lately of whether it pays.
-        self._pauses = [CoolDown() for _ in self._sources]
-        self._states: WeakKeyDictionary[Sequence, SequenceState] = WeakKeyDictionary()
+        self._calibrations = {name: Calibration(each) for name, each in priors.items()}
+        self._look_seconds = [0.0, *look_seconds]
+        self._head_levels = Calibration(HEAD_PRIORS * len(look_seconds))
+        # How often the best guess of each level is right, behind a right one.
+        self._first_guess = [Calibration((0.5,)).of_sequence() for _ in look_seconds]
+        # Whether asking the heads pays: where the other sources draft nothing, and where they do.
+        self._look_values = (SourceValue(), SourceValue())
+        self._source_values = {name: SourceValue() for name in priors}
+        self._states: WeakKeyDictionary[Sequence, _SequenceState] = WeakKeyDictionary()
+        self._running: dict[Sequence, _SequenceState] = {}  # those of the last step
         self._seconds_are_new = False  # those of a step count once, not for each sequence
-        self._running: dict[Sequence, SequenceState] = {}  # those of the last step
 
     def wants_hidden(self, sequence: Sequence) -> bool:
         """See DraftPolicy."""
-        return self._state(sequence).wants_hidden(sequence)
+        if len(self._look_seconds) == 1 or HEADS not in sequence.tree_drafters:
+            return False
+        return any(value.due_soon for value in self._state(sequence).look_values)
 
-    def propose(self, sequences: abc.Sequence[Sequence]) -> list[Proposal]:
+    def draft(self, sequences: abc.Sequence[Sequence]) -> list[Draft]:
         """See DraftPolicy."""
-        # See what there is to draft from, also in a step that goes without: it shows how good a
-        # draft would have been.
+        # Ask who takes no time, also in a step that goes without: it shows how good they are.
+        n = len(sequences)
         n_context = 0
-        running = dict[Sequence, SequenceState]()
+        growths = list[Growth]()
+        running = dict[Sequence, _SequenceState]()
         for sequence in sequences:
-            state = self._state(sequence)
-            state.look(sequence)
-            running[sequence] = state
-            n_context += state.n_tokens
+            state = running[sequence] = self._state(sequence)
+            growths.append(state.begin(sequence))
+            n_context += len(sequence.tokens)
         self._running = running
-        self._step_time.begin_step(len(sequences), n_context)
+        self._step_time.begin_step(n, n_context)
         self._seconds_are_new = True
-        for pause in self._pauses:
-            pause.tick()
+        for value in (*self._look_values, *self._source_values.values()):
+            value.tick()
         if self._step_time.plain_step_due:
-            return [NO_DRAFT] * len(sequences)
+            for growth in growths:
+                growth.expand(growth.root)
+            return [no_draft(sequence.tokens[-1]) for sequence in sequences]
 
-        # Share out the nodes. A sequence alone finds what was chosen last time in this situation.
-        if len(sequences) == 1:
-            return [state.proposal_alone(self._choose)]
-        states = list(running.values())
-        shared = self._share(states, [state.evidence for state in states], n_context)
-        return [state.shared_proposal(counts) for state, counts in zip(states, shared, strict=True)]
+        # Grow their trees, and with the heads' guesses where these are worth asking for.
+        plain_rate = n / self._step_time.plain_seconds(n, n_context)
+        guessed = False
+        for growth in growths:
+            growth.expand(growth.root)
+            guessed = guessed or bool(growth.root.children)
+        asked = self._who_asks(sequences, growths)
+        if not (guessed or asked):
+            return [no_draft(sequence.tokens[-1]) for sequence in sequences]
+        offers = self._step_time.offers(n, n_context, n * self.max_nodes)
+        rate = plain_rate
+        if guessed:
+            rate = grow(growths, offers, plain_rate, self._limits)
+        if asked:
+            self._look(growths, asked, offers, plain_rate, rate)
+        self._share_costs(growths, offers, plain_rate)
+        return [growth.draft() for growth in growths]
+
+    def _share_costs(
+        self,
+        growths: abc.Sequence[Growth],
+        offers: abc.Sequence[tuple[int, float]],
+        plain_rate: float,
+    ) -> None:
+        """Say what a drafted row costs in this step, in the tokens that plain steps bring."""
+        n = len(growths)
+        rows = n + sum(len(growth.nodes) for growth in growths)
+        a_row = 0.0
+        if rows > n:
+            a_row = (dict(offers)[rows] * plain_rate - n) / (rows - n)
+        for state in self._running.values():
+            state.row_tokens = a_row
+            state.tokens_per_second = plain_rate / n
+
+    def _who_asks(
+        self, sequences: abc.Sequence[Sequence], growths: abc.Sequence[Growth]
+    ) -> list[_Asking]:
+        """Return the sequences that ask the heads in this step."""
+        asked = list[_Asking]()
+        if len(self._look_seconds) == 1:
+            return asked
+        for sequence, growth in zip(sequences, growths, strict=True):
+            values = self._running[sequence].look_values
+            for each in values:
+                each.tick()
+            if sequence.hidden is None or HEADS not in sequence.tree_drafters:
+                continue
+            value = values[-1] if growth.root.children else values[0]
+            if not value.pausing:
+                asked.append(_Asking(growth, sequence, value))
+        return asked
+
+    def _look(
+        self,
+        growths: abc.Sequence[Growth],
+        asked: abc.Sequence[_Asking],
+        offers: abc.Sequence[tuple[int, float]],
+        plain_rate: float,
+        rate: float,
+    ) -> None:
+        """Ask the heads, level by level, while the next level promises more than it takes."""
+        # The first level of every sequence that asks; each further one where it is hoped to pay.
+        without = rate
+        drafter = cast(LevelDrafter, asked[0][1].tree_drafters[HEADS])
+        states = [cast(np.ndarray, sequence.hidden) for _, sequence, _ in asked]
+        hidden = states[0] if len(states) == 1 else np.concatenate(states)
+        level = [(growth.root, i) for i, (growth, _, _) in enumerate(asked)]
+        spent = 0.0
+        for depth in range(len(self._look_seconds) - 1):
+            if depth:
+                level = self._hoped(growths, asked, depth, offers, plain_rate, rate, spent)
+            if not level:
+                break
+            paths = [_path(node) for node, _ in level]
+            tokens, probabilities = drafter.look(hidden, [i for _, i in level], paths)
+            first_kind = depth * len(BIN_PRIORS)
+            for (node, i), best, shares in zip(level, tokens, probabilities, strict=True):
+                kinds = [first_kind + kind for kind in ranked_bins(shares)]
+                asked[i][0].add_look(node, list(zip(best, kinds, strict=True)))
+                node.judged.append((self._first_guess[depth], 0, best[0]))
+            spent += self._level_seconds(depth, len(level))
+            rate = grow(growths, offers, plain_rate, self._limits, spent)
+        rows = len(growths) + sum(len(growth.nodes) for growth in growths)
+        seconds = spent + dict(offers).get(rows, len(growths) / plain_rate)
+        for _, sequence, value in asked:
+            self._running[sequence].look = value, without * seconds / len(growths)
+
+    def _hoped(
+        self,
+        growths: abc.Sequence[Growth],
+        asked: abc.Sequence[_Asking],
+        depth: int,
+        offers: abc.Sequence[tuple[int, float]],
+        plain_rate: float,
+        rate: float,
+        spent: float,
+    ) -> list[tuple[Node, int]]:
+        """Return the nodes of a depth that the heads should be asked about, if it is hoped to pay.
+
+        Their guesses there, and those of all deeper levels, are hoped to be right as often as the
+        best guesses of the level were.
+        """
+        chosen = [growth.nodes for growth in growths]
+        rates = [first.probability(0) for first in self._first_guess]
+        for growth, _, _ in asked:
+            growth.hope = [0.0] * depth + rates[depth:]
+        hoped = grow(
+            growths, offers, plain_rate, self._limits, spent + self._level_seconds(depth, 1)
+        )
+        level = list[tuple[Node, int]]()
+        if hoped > rate:
+            for i, (growth, _, _) in enumerate(asked):
+                of_depth = {
+                    node.parent: i
+                    for node in growth.nodes
+                    if node.token == UNKNOWN and node.depth == depth + 1
+                }
+                level += [(node, i) for node in of_depth if node is not None]
+        for growth, nodes in zip(growths, chosen, strict=True):
+            growth.hope = ()
+            growth.nodes = nodes
+        return level
+
+    def _level_seconds(self, depth: int, n: int) -> float:
+        """Return what the heads take for n paths at a depth."""
+        seconds = self._look_seconds[depth + 1] - self._look_seconds[depth]
+        return max(0.0, seconds) * (1 + FURTHER_SEQUENCE * (n - 1))
 
     def record(self, sequence: Sequence, outcome: StepOutcome) -> None:
         """See DraftPolicy."""
         if self._seconds_are_new:
             self._step_time.record(outcome.n_rows, outcome.seconds)
             self._seconds_are_new = False
-        trees = zip(outcome.proposal.trees, outcome.filled, strict=True)
-        guesses = {part.source: tokens for part, tokens in trees}
-        state = self._state(sequence)
-        state.learn(guesses, outcome.emitted)
-        if state.refresh_due:
-            state.refresh(sequence, self._choose)
+        self._state(sequence).learn(sequence, outcome)
 
-    def _state(self, sequence: Sequence) -> SequenceState:
+    def _state(self, sequence: Sequence) -> _SequenceState:
         state = self._running.get(sequence) or self._states.get(sequence)
         if state is None:
-            state = self._states[sequence] = SequenceState(
-                self._sources, self._budget, self._pauses
+            state = self._states[sequence] = _SequenceState(
+                sequence,
+                self._calibrations,
+                self._head_levels,
+                self._look_values,
+                self._source_values,
             )
-            state.refresh(sequence, self._choose)
         return state
 
-    def _choose(self, state: SequenceState, evidence: Evidence) -> Counts:
-        """Return what a sequence should draft, were it alone."""
-        return self._share([state], [evidence], state.n_tokens)[0]
 
-    def _share(
-        self, states: abc.Sequence[SequenceState], evidence: list[Evidence], n_context: int
-    ) -> list[Counts]:
-        """Return for sequences of one step how many nodes each source drafts for each of them."""
-        offers = [evidence]
-        for sources in self._left_out:
-            others = [_without(each, sources) for each in evidence]
-            if others not in offers:
-                offers.append(others)
-        menus = [
-            [state.frontier(each) for state, each in zip(states, offer, strict=True)]
-            for offer in offers
+def _path(node: Node) -> list[int]:
+    """Return the tokens from the root to a node."""
+    tokens = [node.token]
+    while node.parent is not None:
+        node = node.parent
+        tokens.append(node.token)
+    tokens.reverse()
+    return tokens
+
+
+class _SequenceState:
+    """What the policy keeps of one sequence."""
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        calibrations: abc.Mapping[str, Calibration],
+        head_levels: Calibration,
+        look_values: abc.Iterable[SourceValue],
+        source_values: abc.Mapping[str, SourceValue],
+    ) -> None:
+        self._sources = list[Source]()
+        self._values = list[SourceValue | None]()  # of each source; None: it costs nothing
+        for name, drafter in sequence.continuation_drafters.items():
+            if name in calibrations:
+                self._sources.append(Source(drafter, calibrations[name].of_sequence()))
+                value = SourceValue(source_values[name]) if drafter.learns else None
+                self._values.append(value)
+        # Where nothing else guesses, and where something does.
+        self.look_values = [SourceValue(shared) for shared in look_values]
+        if not self._sources:
+            del self.look_values[1:]
+        self._heads = head_levels.of_sequence()
+        self._growth: Growth | None = None
+        # The look of the step, and the tokens that so many seconds bring without one.
+        self.look: tuple[SourceValue, float] | None = None
+        self.row_tokens = 0.0  # tokens that a drafted row of the step costs
+        self.tokens_per_second = 0.0  # of the sequence in plain steps
+
+    def begin(self, sequence: Sequence) -> Growth:
+        """Return the tree that is to grow in this step. The last token is never drafted."""
+        awake = self._sources
+        for value in self._values:
+            if value is not None:
+                value.tick()
+                if value.pausing:
+                    awake = self._awake()
+        room = sequence.max_length - len(sequence.tokens) - 1
+        self._growth = Growth(sequence.tokens[-1], awake, self._heads, room)
+        return self._growth
+
+    def _awake(self) -> list[Source]:
+        return [
+            source
+            for source, value in zip(self._sources, self._values, strict=True)
+            if value is None or not value.pausing
         ]
-        n = len(states)
-        step_seconds = self._step_time.drafted_seconds(n, n_context)
-        plain_seconds = self._step_time.plain_seconds(n, n_context)
-        return allocate(menus, step_seconds, plain_seconds).counts
 
+    def learn(self, sequence: Sequence, outcome: StepOutcome) -> None:
+        """Learn from a step how good guesses are, and what the base model said."""
+        if self._growth is None:
+            return
+        growth = self._growth
+        self._growth = None
+        growth.learn(outcome.node, outcome.emitted)
+        if self.look is not None:
+            value, without = self.look
+            self.look = None
+            expected = sum(node.p for node in growth.nodes)
+            value.record(expected, len(outcome.emitted) - 1, without)
+        path = outcome.draft.tree.path_to(outcome.node)
+        for source, source_value in zip(self._sources, self._values, strict=True):
+            if source_value is not None and not source_value.pausing:
+                self._teach(source, source_value, sequence, outcome, growth, path)
 
-def _subsets(sources: abc.Iterable[int]) -> list[tuple[int, ...]]:
-    """Return all that may be left out of sources that take time.
+    def _teach(
+        self,
+        source: Source,
+        value: SourceValue,
+        sequence: Sequence,
+        outcome: StepOutcome,
+        growth: Growth,
+        path: abc.Sequence[int],
+    ) -> None:
+        """Show a source what the base model said; see whether it is worth that."""
+        began = perf_counter()
+        tokens = outcome.draft.tokens
+        root = len(sequence.tokens) - len(outcome.emitted) - 1
+        before = sequence.tokens[root - 1] if root else -1
+        source.drafter.observe([before, *(tokens[at] for at in path)], path, outcome.logits)
+        seconds = perf_counter() - began
 
-    That is 2^n - 1 for n sources, of which there are few.
-    """
-    listed = list(sources)
-    return list(chain.from_iterable(combinations(listed, n) for n in range(1, len(listed) + 1)))
-
-
-@lru_cache(maxsize=4096)
-def _without(evidence: Evidence, sources: tuple[int, ...]) -> Evidence:
-    return tuple(0 if i in sources else strength for i, strength in enumerate(evidence))
+        name = source.drafter.name
+        own = [(at, node) for at, node in enumerate(growth.nodes, 1) if node.source == name]
+        expected = sum(node.p for _, node in own)
+        accepted = sum(at in path for at, _ in own)
+        cost = len(own) * self.row_tokens + seconds * self.tokens_per_second
+        value.record(expected, accepted, 1 + cost)

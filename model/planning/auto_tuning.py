@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
@@ -17,25 +17,28 @@ import numpy as np
 
 from model.decoding.decoder import Decoder
 from model.decoding.draft_policy import DraftPolicy, FixedPolicy
-from model.decoding.drafters.drafter import HEADS, NGRAM, Drafters
+from model.decoding.drafters import ngram, recycled
+from model.decoding.drafters.drafter import NGRAM, RECYCLED, Drafters
 from model.decoding.request import Request
 from model.loaded_model import LoadedModel, new_drafters
 from model.planning.adaptive_policy import AdaptivePolicy
-from model.planning.cool_down import RETRY_SPEEDUP
 from model.planning.measured_acceptance import RANKS, measured_acceptance
 from model.planning.measured_steps import draft_seconds, step_curve
-from model.planning.sources import ContinuationSource, TreeSource
 from model.storage.facts import key_here, recall, remember
 from model.trees.costs import CostCurve
-from model.trees.search import TreeChoice, all_choices, grow
+from model.trees.search import TreeChoice, all_choices
 from model.trees.slices import Slices
-from model.trees.tree import MAX_LEAVES, RankPath, Tree
+from model.trees.tree import MAX_LEAVES, Tree
 
 KIND = "tuning"  # of what is remembered
 # Tokens of n-grams: with the root a multiple of 4, which quantized kernels are fast at.
 MAX_CONTINUATION = 15
-# Of the best tree's speed: the adaptive policy may draft trees as large as those that reach it.
-NEARLY_BEST = 0.9
+# Heads whose best tree promises less than this part of plain decoding's speed are not loaded.
+LEAST_SPEEDUP = 0.7
+# Leaves of a draft tree, which each take a sequence id, and a further look at the cache after a
+# step. On SmolLM2 trees of more did not come up.
+MOST_LEAVES = 16
+PRIORS = {NGRAM: ngram.PRIORS, RECYCLED: recycled.PRIORS}
 
 
 @dataclass(frozen=True)
@@ -156,8 +159,14 @@ def _key(
         n_heads,
         draft_vocab,
         _short_hash(prompt),  # another chat template, other tasks
-        # A prompt cache costs no step anything.
-        replace(loaded.options, prompt_cache_mb=0, flash_attn=loaded.flash_attn),
+        # These memories cost no step anything.
+        replace(
+            loaded.options,
+            prompt_cache_mb=0,
+            draft_memory_mb=0,
+            share_draft_memory=True,
+            flash_attn=loaded.flash_attn,
+        ),
         sampling,
         version("torch"),
     )
@@ -193,63 +202,56 @@ def measure(
 
 
 def adaptive_decoder(
-    loaded: LoadedModel, tuning: Tuning, *, ngram: bool, draft_vocab: int | None = None
+    loaded: LoadedModel,
+    tuning: Tuning,
+    sources: Collection[str],
+    *,
+    draft_vocab: int | None = None,
 ) -> Decoder:
-    """Make a decoder with the adaptive policy, for the heads that the tuning has, and n-grams."""
-    policy, drafters = adaptive_policy(loaded, tuning, ngram=ngram, draft_vocab=draft_vocab)
+    """Make a decoder with the adaptive policy, see `adaptive_policy`."""
+    policy, drafters = adaptive_policy(loaded, tuning, sources, draft_vocab=draft_vocab)
     return loaded.decoder(policy, drafters)
 
 
 def adaptive_policy(
     loaded: LoadedModel,
     tuning: Tuning,
+    sources: Collection[str],
     *,
-    ngram: bool,
     draft_vocab: int | None = None,
     max_leaves: int = MAX_LEAVES,
 ) -> tuple[DraftPolicy, Drafters]:
     """Make the policy that drafts what is fastest now, and the drafters of its sources.
 
-    Where no source may ever pay, that is plain decoding. max_leaves: of the draft tree of one
-    sequence.
+    sources: those that take no time, by name; the heads draft where the tuning has them. Where no
+    source may ever pay, that is plain decoding. max_leaves: of the draft tree of one sequence.
     """
-    # N-grams.
     max_nodes = loaded.options.max_nodes
-    sources = list[TreeSource | ContinuationSource]()
-    if ngram:
-        most = min(MAX_CONTINUATION, max_nodes - 1)
-        sources.append(ContinuationSource(name=NGRAM, max_tokens=most))
-        max_leaves = max(1, max_leaves - 1)  # a continuation is a leaf of its own
+    heads = None
+    look_seconds = list[float]()
+    if tuning.draft_s and _best_speedup(tuning, max_nodes) >= LEAST_SPEEDUP:
+        look_seconds = tuning.draft_s
+        chain = Tree.chain(len(look_seconds))
+        heads = loaded.heads_drafter(chain, draft_vocab)
+    drafters = new_drafters(
+        heads,
+        sources,
+        memory_mb=loaded.options.draft_memory_mb,
+        share_memory=loaded.options.share_draft_memory,
+    )
+    if not (drafters.trees or drafters.continuations):
+        return FixedPolicy(), drafters
+    policy = AdaptivePolicy(
+        tuning.curve,
+        {name: PRIORS[name] for name in drafters.continuations},
+        look_seconds,
+        max_nodes=max_nodes,
+        max_leaves=min(max_leaves, MOST_LEAVES),
+    )
+    return policy, drafters
 
-    # The heads.
-    paths = _paths_to_grow(tuning, max_nodes, max_leaves)
-    if not (paths or sources):
-        return FixedPolicy(), Drafters()
-    if not paths:
-        policy = AdaptivePolicy(tuning.curve, sources, max_nodes=max_nodes)
-        return policy, new_drafters(None, ngram=ngram)
-    tree = Tree(paths)
-    draft_s = tuning.draft_s[: tree.max_depth]
-    if loaded.heads.config.head_type == "medusa":
-        draft_s = draft_s[-1:] * tree.max_depth  # all heads draft at once, however deep the tree
-    accuracies = np.array(tuning.accuracies)[: tree.max_depth]
-    heads = TreeSource(name=HEADS, paths=paths, accuracies=accuracies, draft_seconds=draft_s)
-    policy = AdaptivePolicy(tuning.curve, [*sources, heads], max_nodes=max_nodes)
-    return policy, new_drafters(loaded.heads_drafter(tree, draft_vocab), ngram=ngram)
 
-
-def _paths_to_grow(tuning: Tuning, max_nodes: int, max_leaves: int) -> list[RankPath]:
-    """Return the heads' rank paths in the order in which their tree grows.
-
-    None where not even the best tree may become faster than plain decoding.
-    """
-    if not tuning.draft_s:
-        return []
+def _best_speedup(tuning: Tuning, max_nodes: int) -> float:
+    """Return what the heads' best tree promises, drafted in every step."""
     drafting = tuning.choices(tuning.curve.contexts[0], max_nodes)[1:]
-    best = max((choice.speedup for choice in drafting), default=0.0)
-    if best < RETRY_SPEEDUP:
-        return []
-    near = [choice.tree for choice in drafting if choice.speedup >= NEARLY_BEST * best]
-    depth = max(tree.max_depth for tree in near)
-    n_nodes = max(len(tree) for tree in near) - 1
-    return grow(np.array(tuning.accuracies)[:depth], n_nodes, max_leaves=max_leaves)
+    return max((choice.speedup for choice in drafting), default=0.0)

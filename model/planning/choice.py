@@ -12,7 +12,7 @@ from typing import NamedTuple
 from model.base.chat import ChatTemplate
 from model.decoding.draft import ROOT_ONLY
 from model.decoding.draft_policy import DraftPolicy, FixedPolicy
-from model.decoding.drafters.drafter import HEADS, NGRAM, Drafters
+from model.decoding.drafters.drafter import HEADS, NGRAM, RECYCLED, Drafters
 from model.decoding.drafters.sources import Sources, source_names
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
@@ -26,19 +26,18 @@ from model.trees.tree import MAX_LEAVES, Tree
 
 TRIAL_TOKENS = 64
 N_TRIALS = 6  # one of each kind: reading the prompts takes most of the time
-WORDS = {HEADS: "heads", NGRAM: "n-grams"}
+WORDS = {HEADS: "heads", NGRAM: "n-grams", RECYCLED: "recycled continuations"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DraftOptions:
     """What a user asks for.
 
-    sources: heads, ngram, both or none; auto: n-grams and, where the model has heads, the heads;
-    with a tree the heads alone. tree: of the heads, in every step: a chain's length ("4"), widths
-    by depth ("2,2,1") or a JSON file of rank paths; "": the fastest as measured. fixed: for the
-    fastest tree: draft it in every step, so that runs can be repeated; otherwise what is fastest
-    changes with the output. draft_vocab: how many of the most frequent tokens the heads draft; see
-    LoadedModel.heads_drafter.
+    sources: see `drafters/sources.py`; auto: all there are, with a tree the heads alone. tree: of
+    the heads, in every step: a chain's length ("4"), widths by depth ("2,2,1") or a JSON file of
+    rank paths; "": the fastest as measured. fixed: for the fastest tree: draft it in every step, so
+    that runs can be repeated; otherwise what is fastest changes with the output. draft_vocab: how
+    many of the most frequent tokens the heads draft; see LoadedModel.heads_drafter.
     """
 
     sources: Sources = "auto"
@@ -110,7 +109,7 @@ def choose_in_slices(
     """
     sources = _sources(loaded, options)
     max_nodes = loaded.options.max_nodes
-    description = " and ".join(WORDS[source] for source in sources) or "nothing"
+    description = ", ".join(WORDS[source] for source in sources) or "nothing"
     if not sources:
         yield from choose_flash_attention(loaded)
         return Drafting(FixedPolicy(), Drafters(), description)
@@ -128,7 +127,11 @@ def choose_in_slices(
         tuning = yield from tuned(loaded, trial, heads=heads, draft_vocab=options.draft_vocab)
         if not options.fixed:
             policy, drafters = adaptive_policy(
-                loaded, tuning, ngram=ngram, draft_vocab=options.draft_vocab, max_leaves=max_leaves
+                loaded,
+                tuning,
+                sources,
+                draft_vocab=options.draft_vocab,
+                max_leaves=max_leaves,
             )
             description = f"{description}, up to {policy.max_nodes} nodes a step"
             return Drafting(policy, drafters, description)
@@ -140,7 +143,7 @@ def choose_in_slices(
     if ngram:
         continuation = min(MAX_CONTINUATION, max_nodes - len(tree))
     description = f"{description}, a tree of {len(tree)} nodes"
-    drafters = new_drafters(heads_drafter, ngram=ngram)
+    drafters = new_drafters(heads_drafter, {NGRAM} if ngram else ())
     return Drafting(FixedPolicy(tree, continuation), drafters, description)
 
 
@@ -150,15 +153,15 @@ def _sources(loaded: LoadedModel, options: DraftOptions) -> list[str]:
     wanted = source_names(options.sources)
     if wanted is None:
         wanted = _all_sources(loaded, tree=options.tree)
-    if NGRAM in wanted and not able:
+    if wanted & {NGRAM, RECYCLED} and not able:
         raise ModelFileError(
             f"{loaded.file.path}: this kind of model cannot roll back a draft; use draft none"
         )
     sources = list[str]()
     if HEADS in wanted and loaded.n_heads > 0:  # raises where heads are missing or don't fit
         sources.append(HEADS)
-    if NGRAM in wanted and loaded.options.max_nodes > 1:
-        sources.append(NGRAM)
+    if loaded.options.max_nodes > 1:
+        sources += [source for source in (NGRAM, RECYCLED) if source in wanted]
     return sources
 
 
@@ -170,5 +173,5 @@ def _all_sources(loaded: LoadedModel, *, tree: str) -> frozenset[str]:
     elif tree:
         raise UsageError(f"tree {tree}: {loaded.file.path} has no heads, and only they draft trees")
     if loaded.base_model.can_roll_back and not tree:
-        sources.add(NGRAM)
+        sources |= {NGRAM, RECYCLED}
     return frozenset(sources)

@@ -8,11 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from model.trees.costs import CostCurve
-
-Float64Array = npt.NDArray[np.float64]
 
 # Steps without drafts, of which the faster one counts, to see what drafting is held against.
 FIRST_PLAIN_STEPS = 2
@@ -82,7 +79,8 @@ class StepTimeModel:
     def __init__(self, curve: CostCurve, max_rows: int) -> None:
         self._curve = curve
         self._max_rows = max(max_rows, curve.sizes[-1])
-        self._by_context: dict[int, tuple[list[float], Float64Array]] = {}
+        self._by_context: dict[int, tuple[list[float], list[tuple[int, float]]]] = {}
+        self._offers: dict[tuple[int, int, int, float], list[tuple[int, float]]] = {}
         self._drifts: dict[int, _Drift] = {}  # by the bits of the number of sequences
         self._current = self._drift(1)
         self._n_sequences = 1
@@ -117,11 +115,24 @@ class StepTimeModel:
         plain, _ = self._drift(n_sequences).factors
         return plain * every_size[n_sequences - 1]
 
-    def drafted_seconds(self, n_sequences: int, n_context: int) -> Float64Array:
-        """Return (max_rows,) seconds of drafted steps of 1, 2, … rows; infinite: not on offer."""
-        _, on_offer = self._seconds(n_context)
+    def offers(self, n_sequences: int, n_context: int, most: int) -> list[tuple[int, float]]:
+        """Return rows, up to `most`, and seconds of the drafted steps on offer, ascending.
+
+        Seconds are within a percent: what is nearly the same is worked out once.
+        """
         _, drafted = self._drift(n_sequences).factors
-        return drafted * on_offer
+        key = (n_context // CONTEXT_STRIDE, n_sequences, most, round(drafted, 2))
+        known = self._offers.get(key)
+        if known is None:
+            if len(self._offers) >= MAX_CONTEXTS:
+                self._offers.clear()
+            _, on_offer = self._seconds(n_context)
+            known = self._offers[key] = [
+                (rows, drafted * seconds)
+                for rows, seconds in on_offer
+                if n_sequences < rows <= most
+            ]
+        return known
 
     def _drift(self, n_sequences: int) -> _Drift:
         bits = n_sequences.bit_length()
@@ -130,16 +141,16 @@ class StepTimeModel:
             drift = self._drifts[bits] = _Drift()
         return drift
 
-    def _seconds(self, n_context: int) -> tuple[list[float], Float64Array]:
-        """Return the curve's seconds for 1, 2, … rows; and for those on offer, else infinite.
+    def _seconds(self, n_context: int) -> tuple[list[float], list[tuple[int, float]]]:
+        """Return the curve's seconds for 1, 2, … rows; and (rows, seconds) of those on offer.
 
         Beyond what was measured a row costs what it cost on average: one flat stretch must not make
         many free.
         """
         about = n_context // CONTEXT_STRIDE
-        known = self._by_context.get(about)
-        if known is not None:
-            return known
+        kept = self._by_context.get(about)
+        if kept is not None:
+            return kept
         if len(self._by_context) >= MAX_CONTEXTS:
             self._by_context.clear()
         every_size = self._curve.row(about * CONTEXT_STRIDE, self._max_rows)
@@ -150,6 +161,7 @@ class StepTimeModel:
         every_size[last:] = every_size[last - 1] + per_row * np.arange(1, self._max_rows - last + 1)
         further = np.arange(last + STRIDE - last % STRIDE, self._max_rows + 1, STRIDE) - 1
         on_offer[further] = every_size[further]
-        known = every_size.tolist(), on_offer
+        offered = np.flatnonzero(np.isfinite(on_offer)).tolist()
+        known = every_size.tolist(), [(at + 1, float(on_offer[at])) for at in offered]
         self._by_context[about] = known
         return known

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +61,20 @@ class Tree:
         self._guess_positions: dict[int, list[int]] = {}  # by ranks per head, see `fill`
         self._known_paths: dict[int, tuple[int, ...]] = {}  # see `path_to`
         self._extended: dict[tuple[int, int], Tree] = {}  # by node and length, see `with_chain`
+
+    @classmethod
+    @lru_cache(maxsize=4096)
+    def from_parents(cls, parents: tuple[int, ...]) -> Tree:
+        """Return the tree whose node i + 1 hangs under node parents[i], which stands before it.
+
+        Kept, as trees that grow step by step are of few shapes.
+        """
+        paths: list[RankPath] = [()]
+        n_children = [0] * (len(parents) + 1)
+        for parent in parents:
+            paths.append((*paths[parent], n_children[parent]))
+            n_children[parent] += 1
+        return cls(paths, in_order=True)
 
     def __len__(self) -> int:
         return len(self.paths)

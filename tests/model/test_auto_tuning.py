@@ -13,7 +13,9 @@ import numpy as np
 import pytest
 
 from model.base.chat import ChatTemplate
-from model.decoding.drafters.drafter import HEADS
+from model.decoding.draft_policy import FixedPolicy
+from model.decoding.drafters.drafter import HEADS, NGRAM, RECYCLED
+from model.decoding.drafters.sources import FREE
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
 from model.heads.files import base_facts, new_heads, save_heads
@@ -212,17 +214,40 @@ def test_both_types_of_heads_are_measured_and_draft_trees(either: LoadedModel) -
             assert ours.statistics.acceptance_length > 1.0
 
 
-def test_the_policy_is_charged_what_each_type_of_heads_takes(either: LoadedModel) -> None:
-    """By the depth of the tree; Medusa's heads all draft at once."""
+def test_the_policy_drafts_from_the_sources_that_it_is_given(either: LoadedModel) -> None:
     known = Tuning(CHEAP, [0.01, 0.02, 0.03, 0.04], [[0.6], [0.5]] * 2, 99)
-    policy, drafters = adaptive_policy(either, known, ngram=False)
+    policy, drafters = adaptive_policy(either, known, ())
     assert set(drafters.trees) == {HEADS} and not drafters.continuations
-    assert isinstance(policy, AdaptivePolicy)
-    [heads] = policy._sources
-    assert heads.name == HEADS and heads.draft_seconds is not None
-    charged = heads.draft_seconds[1:].tolist()  # by the nodes of the tree
-    is_medusa = either.heads.config.head_type == "medusa"
-    assert len(charged) > 2 and (len(set(charged)) == 1) == is_medusa, charged
+    assert isinstance(policy, AdaptivePolicy) and policy.max_nodes == 4
+    policy, drafters = adaptive_policy(either, known, FREE)
+    assert set(drafters.continuations) == {NGRAM, RECYCLED}
+    without = replace(known, draft_s=[], accuracies=[])
+    policy, drafters = adaptive_policy(either, without, {NGRAM})
+    assert not drafters.trees and set(drafters.continuations) == {NGRAM}
+    policy, drafters = adaptive_policy(either, without, ())
+    assert isinstance(policy, FixedPolicy) and not drafters.continuations
+    hopeless = replace(known, curve=DEAR)
+    _, drafters = adaptive_policy(either, hopeless, {NGRAM})
+    assert not drafters.trees, "heads that can never pay are not loaded"
+
+
+def test_heads_are_asked_level_by_level_for_what_they_draft(either: LoadedModel) -> None:
+    """The first guesses of each level are those of the heads' chain; of many sequences too."""
+    chain = Tree.chain(3)
+    drafter = either.heads_drafter(chain)
+    rng = np.random.default_rng(0)
+    hidden = rng.standard_normal((3, either.file.n_embd)).astype(np.float32)
+    roots = [5, 6, 7]
+    expected = drafter.draft(hidden, roots, [chain] * 3)
+    paths = [[root] for root in roots]
+    for _ in range(3):
+        tokens, probabilities = drafter.look(hidden, [0, 1, 2], paths)
+        for path, guesses, shares in zip(paths, tokens, probabilities, strict=True):
+            path.append(guesses[0])
+            assert shares == sorted(shares, reverse=True) and shares[-1] > 0 and sum(shares) <= 1
+    assert [path[1:] for path in paths] == expected
+    alone, _ = drafter.look(hidden[1:2], [0, 0], [[6], [9]])
+    assert alone[0][0] == expected[1][0], "one state serves any number of paths"
 
 
 @pytest.mark.parametrize("ngram", [True, False])
@@ -233,7 +258,7 @@ def test_an_adaptive_decoder_drafts_where_the_curve_says_that_it_pays(
     sequences = []
     for curve in (CHEAP, DEAR):
         known = Tuning(curve, [1e-6, 1e-6], rates, 99)
-        with adaptive_decoder(hydra, known, ngram=ngram) as decoder:
+        with adaptive_decoder(hydra, known, {NGRAM} if ngram else ()) as decoder:
             sequences.append(decoder.run(requests(hydra)[0]))
     assert sequences[0].statistics.acceptance_length > 1.2
     assert sequences[1].statistics.acceptance_length == 1.0

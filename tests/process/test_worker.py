@@ -18,6 +18,7 @@ import pytest
 from worker_contract import Submitted, generate, submit
 
 from model.decoding.draft_policy import FixedPolicy
+from model.decoding.drafters.drafter import NGRAM
 from model.decoding.drafters.sources import Sources
 from model.decoding.sampling import Sampler, SamplingParams, log_softmax
 from model.decoding.sequence import Sequence
@@ -136,7 +137,7 @@ def test_it_is_a_worker_and_tells_of_its_model(served: Served) -> None:
     worker: Worker = served.worker
     info = worker.info
     assert worker.ready and (info.context, info.slots, info.file_type) == (512, 3, "Q4_0")
-    assert "heads and n-grams" in info.draft and info.vocabulary == 4096
+    assert "heads, n-grams" in info.draft and info.vocabulary == 4096
 
 
 def test_it_answers_while_it_measures_and_drafts_afterwards(
@@ -198,7 +199,7 @@ def generate_beside(loaded: LoadedModel, prompts: AnySequence[str]) -> list[Sequ
     tree = Tree.product([2, 2])
     decoder = loaded.shared_decoder(
         FixedPolicy(tree, 3),
-        new_drafters(loaded.heads_drafter(tree), ngram=True),
+        new_drafters(loaded.heads_drafter(tree), {NGRAM}),
         n_parallel=3,
         max_stall_s=1e-6,  # prompts come in small chunks, between steps of others
     )

@@ -64,6 +64,8 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
         "SHUTDOWN_TIMEOUT": "0",
         "CACHE_TOKENS": "9999",
         "PROMPT_CACHE_MB": "12",
+        "DRAFT_MEMORY_MB": "5",
+        "SHARE_DRAFT_MEMORY": "false",
     }
     # every variable is tried
     assert {name.lower() for name in values} == set(Settings.model_fields)
@@ -83,7 +85,7 @@ def test_the_environment_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     assert (s.origins, s.hosts) == (("https://a.example", "http://b:1"), ("llm.home", "box"))
     assert (s.request_timeout, s.shutdown_timeout, s.cache_tokens) == (60, 0, 9999)
-    assert s.prompt_cache_mb == 12
+    assert (s.prompt_cache_mb, s.draft_memory_mb, s.share_draft_memory) == (12, 5, False)
     assert (
         s.api_key is not None and s.api_key.get_secret_value() == "sk-1" and "sk-1" not in repr(s)
     )

@@ -109,7 +109,7 @@ def many(base: FakeBase, policy: DraftPolicy | None = None, **options: Any) -> S
 def test_every_sequence_is_the_sequence_alone(slots: int, kind: str, prefix_cache: bool) -> None:
     policy: DraftPolicy = FixedPolicy(TREE) if kind == "tree" else FixedPolicy()
     if kind == "shared":  # drafts cost next to nothing
-        policy = adaptive(tuple((n, 1 + n / 1000) for n in range(1, 65)), continuation=3)
+        policy = adaptive(tuple((n, 1 + n / 1000) for n in range(1, 20)), ngram=True)
     cells = 130 * slots
     base = Counting(n_seq_max=slots * policy.max_leaves, n_ctx=cells)
     sequences = make_sequences(

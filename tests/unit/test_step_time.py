@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 
 from model.planning.step_time import (
@@ -29,7 +28,11 @@ def take(model: StepTimeModel, n_sequences: int, n_rows: int, seconds: float) ->
 
 
 def seconds_at(model: StepTimeModel, n_sequences: int, n_rows: int) -> float:
-    return float(model.drafted_seconds(n_sequences, 0)[n_rows - 1])
+    """Of a drafted step; those of one row are not on offer, but the others drift alike."""
+    offers = dict(model.offers(n_sequences, 0, 99))
+    if n_rows == n_sequences:
+        return offers[2] / TIMES[1]
+    return offers[n_rows]
 
 
 def plain_due(model: StepTimeModel, n_sequences: int) -> bool:
@@ -39,38 +42,39 @@ def plain_due(model: StepTimeModel, n_sequences: int) -> bool:
 
 def test_before_anything_was_seen_the_curve_holds() -> None:
     model = StepTimeModel(CURVE, 10)
-    offered = model.drafted_seconds(1, 0)
-    assert len(offered) == 10
-    for n in range(1, 11):
-        expected = TIMES[SIZES.index(n)] if n in SIZES else np.inf
-        assert offered[n - 1] == expected, "sizes that were not measured are not on offer"
+    assert model.offers(1, 0, 10) == list(zip(SIZES, TIMES, strict=True))[1:], (
+        "sizes that were not measured are not on offer"
+    )
+    assert model.offers(3, 0, 6) == [(4, 1.7), (6, 3.0)]
     assert [model.plain_seconds(n, 0) for n in (1, 3, 4, 5)] == pytest.approx([1.0, 2.2, 1.7, 2.35])
 
 
 def test_beyond_the_measured_sizes_a_row_costs_what_it_cost_on_average() -> None:
     flat = CostCurve((0,), (1, 2, 4, 10), ((1.0, 2.0, 3.7, 3.7),))
     model = StepTimeModel(flat, 40)
-    offered = model.drafted_seconds(1, 0)
-    further = [n for n in range(11, 41) if np.isfinite(offered[n - 1])]
+    offered = dict(model.offers(1, 0, 99))
+    further = [n for n in offered if n > 10]
     assert further == [n for n in range(11, 41) if n % STRIDE == 0]
     per_row = (3.7 - 1.0) / 9
     for n in further:
-        assert offered[n - 1] == pytest.approx(3.7 + (n - 10) * per_row)
+        assert offered[n] == pytest.approx(3.7 + (n - 10) * per_row)
     assert model.plain_seconds(13, 0) == pytest.approx(3.7 + 3 * per_row)
 
 
 def test_a_curve_that_knows_more_rows_than_are_allowed_keeps_them() -> None:
-    assert len(StepTimeModel(CURVE, 4).drafted_seconds(1, 0)) == 10
+    assert StepTimeModel(CURVE, 4).offers(1, 0, 99)[-1][0] == 10
 
 
 def test_the_context_counts() -> None:
     curve = CostCurve((0, 1024), (1, 2), ((1.0, 1.5), (2.0, 3.5)))
     model = StepTimeModel(curve, 2)
     assert model.plain_seconds(1, 512) == pytest.approx(1.5)
-    assert model.drafted_seconds(1, 1024).tolist() == pytest.approx([2.0, 3.5])
+    assert dict(model.offers(1, 1024, 9)) == pytest.approx({2: 3.5})
     assert model.plain_seconds(1, CONTEXT_STRIDE - 1) == model.plain_seconds(1, 0)
     for n_context in range(0, 3 * MAX_CONTEXTS * CONTEXT_STRIDE, CONTEXT_STRIDE):
         model.plain_seconds(1, n_context)
+        model.offers(1, n_context, 9)
+    assert len(model._offers) <= MAX_CONTEXTS
     assert len(model._by_context) <= MAX_CONTEXTS, "a long context must not fill the memory"
 
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Literal, get_args
 
-from model.decoding.drafters.drafter import HEADS, NGRAM
+from model.decoding.drafters.drafter import HEADS, NGRAM, RECYCLED
 from model.errors import UsageError
 
-Sources = Literal["auto", "heads", "ngram", "both", "none"]
+# both: heads and n-grams; free: what needs no heads; auto: all there are.
+Sources = Literal["auto", "heads", "ngram", "recycled", "both", "free", "none"]
 SOURCES: tuple[Sources, ...] = get_args(Sources)
 SOURCE_ALIASES: dict[str, Sources] = {"medusa": "heads"}  # names of before
+FREE = frozenset({NGRAM, RECYCLED})  # sources that need no heads, and next to no time
 NAMES: dict[Sources, frozenset[str]] = {
     "heads": frozenset({HEADS}),
     "ngram": frozenset({NGRAM}),
+    "recycled": frozenset({RECYCLED}),
     "both": frozenset({HEADS, NGRAM}),
+    "free": FREE,
     "none": frozenset(),
 }
 
