@@ -12,7 +12,7 @@ from math import sqrt
 SHARED_MEMORY = 200.0
 OWN_MEMORY = 48.0
 PRIOR_WEIGHT = 10.0  # tries that what is known beforehand counts for
-CAUTION = 0.4  # standard errors
+CAUTION = 0.5  # standard errors
 
 
 class AcceptanceRate:

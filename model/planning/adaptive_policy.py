@@ -24,7 +24,7 @@ from model.decoding.drafters.drafter import (
 )
 from model.decoding.sequence import Sequence
 from model.planning.acceptance_rate import Calibration
-from model.planning.source_value import SourceValue
+from model.planning.source_value import LEARNING_TRIAL, SourceValue
 from model.planning.step_time import StepTimeModel
 from model.planning.tree_growth import UNKNOWN, Growth, Limits, Node, Source, grow
 from model.trees.costs import CostCurve
@@ -74,11 +74,13 @@ class AdaptivePolicy:
         self._calibrations = {name: Calibration(each) for name, each in priors.items()}
         self._look_seconds = [0.0, *look_seconds]
         self._head_levels = Calibration(HEAD_PRIORS * len(look_seconds))
-        # How often the best guess of each level is right, behind a right one.
-        self._first_guess = [Calibration((0.5,)).of_sequence() for _ in look_seconds]
+        # How often the best guess of each level is right, behind a right one: much is hoped for at first,
+        # or deeper levels would never be asked.
+        self._first_guess = [Calibration((0.8,)).of_sequence() for _ in look_seconds]
         # Whether asking the heads pays: where the other sources draft nothing, and where they do.
         self._look_values = (SourceValue(), SourceValue())
-        self._source_values = {name: SourceValue() for name in priors}
+        # The same for sources that learn, which takes time; all sequences share what they learn.
+        self._source_values = {name: SourceValue(trial=LEARNING_TRIAL) for name in priors}
         self._states: WeakKeyDictionary[Sequence, _SequenceState] = WeakKeyDictionary()
         self._running: dict[Sequence, _SequenceState] = {}  # those of the last step
         self._seconds_are_new = False  # those of a step count once, not for each sequence
@@ -284,8 +286,7 @@ class _SequenceState:
         for name, drafter in sequence.continuation_drafters.items():
             if name in calibrations:
                 self._sources.append(Source(drafter, calibrations[name].of_sequence()))
-                value = SourceValue(source_values[name]) if drafter.learns else None
-                self._values.append(value)
+                self._values.append(source_values[name] if drafter.learns else None)
         # Where nothing else guesses, and where something does.
         self.look_values = [SourceValue(shared) for shared in look_values]
         if not self._sources:
@@ -299,22 +300,14 @@ class _SequenceState:
 
     def begin(self, sequence: Sequence) -> Growth:
         """Return the tree that is to grow in this step. The last token is never drafted."""
-        awake = self._sources
-        for value in self._values:
-            if value is not None:
-                value.tick()
-                if value.pausing:
-                    awake = self._awake()
-        room = sequence.max_length - len(sequence.tokens) - 1
-        self._growth = Growth(sequence.tokens[-1], awake, self._heads, room)
-        return self._growth
-
-    def _awake(self) -> list[Source]:
-        return [
+        awake = [
             source
             for source, value in zip(self._sources, self._values, strict=True)
             if value is None or not value.pausing
         ]
+        room = sequence.max_length - len(sequence.tokens) - 1
+        self._growth = Growth(sequence.tokens[-1], awake, self._heads, room)
+        return self._growth
 
     def learn(self, sequence: Sequence, outcome: StepOutcome) -> None:
         """Learn from a step how good guesses are, and what the base model said."""

@@ -9,32 +9,44 @@ from __future__ import annotations
 # Steps in which it was asked, before it is judged: most of what a source brings comes in few. One
 # that brings much in a fifth of them shows nothing in 8 in one case of six, in 12 in one of 15.
 TRIAL = 12
-MEMORY = 48  # of those steps that count, the latest ones
+LEARNING_TRIAL = 256  # for a source that knows nothing before it has seen some text
+MEMORY = 4  # trials that count, the latest ones
 TOKENS = 200.0  # expected ones, of which is known how many came
 PRIOR_TOKENS = 20.0  # that count as expected before there were any, and the part of them that came
 PRIOR_KEPT = 0.9
-# Steps. A trial that takes 8 % of each step costs 1.5 % of the first pause, 0.1 % of the longest.
-FIRST_PAUSE = 64
-LONGEST_PAUSE = 1024  # steps, over all sequences
+# Trials that a pause is as long as: one that takes 8 % of each step costs 1.3 % of the time at
+# first, and 0.1 % at last.
+FIRST_PAUSE = 5
+LONGEST_PAUSE = 80
 
 
 class SourceValue:
-    """What asking a source was worth for one sequence lately.
+    """What asking a source was worth lately, for one sequence or for all.
 
     Each pause is twice as long as the one before, until it has paid. shared: the value for all
-    sequences: a new one begins where the others are.
+    sequences: that of a new one begins where the others are. trial: steps before it is judged.
     """
 
-    __slots__ = ("_accepted", "_expected", "_gain", "_n", "_shared", "next_pause", "remaining")
+    __slots__ = (
+        "_accepted",
+        "_expected",
+        "_gain",
+        "_n",
+        "_shared",
+        "_trial",
+        "next_pause",
+        "remaining",
+    )
 
-    def __init__(self, shared: SourceValue | None = None) -> None:
+    def __init__(self, shared: SourceValue | None = None, *, trial: int = TRIAL) -> None:
         self._shared = shared
+        self._trial = trial
         self._n = 0
         self._gain = 0.0
         self._expected = PRIOR_TOKENS
         self._accepted = PRIOR_TOKENS * PRIOR_KEPT
         self.remaining: int = 0 if shared is None else shared.remaining
-        self.next_pause: int = FIRST_PAUSE if shared is None else shared.next_pause
+        self.next_pause: int = FIRST_PAUSE * trial if shared is None else shared.next_pause
 
     @property
     def pausing(self) -> bool:
@@ -66,18 +78,19 @@ class SourceValue:
             both._accepted *= TOKENS / both._expected
             both._expected = TOKENS
         gain = 1 + expected * both._accepted / both._expected - without
-        if self._n == MEMORY:
-            self._gain *= (MEMORY - 1) / MEMORY
+        most = MEMORY * self._trial
+        if self._n == most:
+            self._gain *= (most - 1) / most
         else:
             self._n += 1
         self._gain += gain
-        if self._n < TRIAL:
+        if self._n < self._trial:
             return
         if self._gain > 0:
-            self.next_pause = FIRST_PAUSE
+            self.next_pause = FIRST_PAUSE * self._trial
         else:
             self.remaining = self.next_pause
-            self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE)
+            self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE * self._trial)
             self._n = 0
             self._gain = 0.0
         if self._shared is not None:

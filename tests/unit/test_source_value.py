@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from model.planning.source_value import FIRST_PAUSE, LONGEST_PAUSE, TRIAL, SourceValue
+from model.planning import source_value
+from model.planning.source_value import TRIAL, SourceValue
+
+FIRST_PAUSE = source_value.FIRST_PAUSE * TRIAL
+LONGEST_PAUSE = source_value.LONGEST_PAUSE * TRIAL
 
 
 def steps_of_pause(value: SourceValue) -> int:
