@@ -154,9 +154,9 @@ def measure_model(
         ours = running.enter_context(server(**variables))
         wait_until_measured(ours)
         props = requests.get(f"{ours.address}/props", timeout=60).json()
-        sources = ["none", "ngram"]
+        sources = ["none", "ngram", "free"]
         if "heads" in str(props.get("draft", "")):
-            sources += ["heads", "both"]
+            sources += ["heads", "auto"]
         ways = [
             Way(f"this: {draft}", ours.address, {"draft": draft, "cache_prompt": False})
             for draft in sources

@@ -74,8 +74,8 @@ class AdaptivePolicy:
         self._calibrations = {name: Calibration(each) for name, each in priors.items()}
         self._look_seconds = [0.0, *look_seconds]
         self._head_levels = Calibration(HEAD_PRIORS * len(look_seconds))
-        # How often the best guess of each level is right, behind a right one: much is hoped for at first,
-        # or deeper levels would never be asked.
+        # How often the best guess of each level is right, behind a right one: much is hoped for at
+        # first, or deeper levels would never be asked.
         self._first_guess = [Calibration((0.8,)).of_sequence() for _ in look_seconds]
         # Whether asking the heads pays: where the other sources draft nothing, and where they do.
         self._look_values = (SourceValue(), SourceValue())
