@@ -150,7 +150,12 @@ def measure_model(
     threads = usable_cores()
     chat = "tokenizer.chat_template" in GGUFFile(model).metadata
     with ExitStack() as running:
-        variables = {"MODEL_PATH": str(model), "MODEL_CONTEXT_SIZE": str(CONTEXT)}
+        variables = {
+            "MODEL_PATH": str(model),
+            "MODEL_CONTEXT_SIZE": str(CONTEXT),
+            # The same prompts come again and again: nobody may know an answer from the last time.
+            "SHARE_DRAFT_MEMORY": "false",
+        }
         ours = running.enter_context(server(**variables))
         wait_until_measured(ours)
         props = requests.get(f"{ours.address}/props", timeout=60).json()

@@ -23,7 +23,14 @@ from config import Settings
 from model.decoding.decoder import Decoder
 from model.decoding.request import Request
 from model.decoding.sampling import SamplingParams
-from model.evaluation.report import check_writable, chrome_trace, facts, stages, write_json
+from model.evaluation.report import (
+    check_writable,
+    chrome_trace,
+    facts,
+    reliability,
+    stages,
+    write_json,
+)
 
 SHOWN_DIVERGENCES = 3  # the others are in the file of figures
 
@@ -103,6 +110,7 @@ def bench(
         click.echo(f"{outside:.2%} of the tokens are not in the heads' draft vocabulary")
     if profile:
         click.echo(stages(result))
+        click.echo(reliability(result))
     for line in describe_divergences(result["divergences"]):
         click.echo(line)
     draw(png, rows, title)

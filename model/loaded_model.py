@@ -356,10 +356,10 @@ def new_drafters(
     memory_mb, share_memory: of recycled continuations, see LoadOptions.
     """
     continuations = dict[str, abc.Callable[[list[int]], ContinuationDrafter]]()
+    shared = ContinuationMemory(memory_mb)
     if NGRAM in sources:
         continuations[NGRAM] = NgramDrafter
     if RECYCLED in sources and memory_mb:
-        shared = ContinuationMemory(memory_mb)
 
         def recycled(tokens: list[int]) -> ContinuationDrafter:
             return RecycledDrafter(
@@ -367,4 +367,4 @@ def new_drafters(
             )
 
         continuations[RECYCLED] = recycled
-    return Drafters({} if heads is None else {HEADS: heads}, continuations)
+    return Drafters({} if heads is None else {HEADS: heads}, continuations, shared.clear)

@@ -19,12 +19,14 @@ class Draft(NamedTuple):
 
     tokens: (N,), the root's first. sources: (N - 1,) the names of the draft sources of the nodes
     1 … N-1. filled_depth: how deep the heads were asked, whatever became of it; 0: not at all.
+    shares: (N - 1,) how likely each node was to follow its parent, where the policy knows that.
     """
 
     tree: Tree
     tokens: list[int]
     sources: abc.Sequence[str] = ()
     filled_depth: int = 0
+    shares: abc.Sequence[float] = ()
 
     def with_chain(self, tokens: abc.Sequence[int], most: int, source: str) -> Draft:
         """Return the draft with a chain behind the root, of which at most `most` nodes are new.

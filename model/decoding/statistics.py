@@ -44,6 +44,8 @@ class DraftStatistics:
 
     emitted: tokens, the base model's own included. drafted, accepted: nodes by depth, from depth 1
     on. drafted_by_source, accepted_by_source: the same by the name of the draft source.
+    tried_by_source, promised_by_source: nodes behind accepted ones, of which the policy said how
+    likely they were, and the sum of what it said.
     steps_by_nodes: steps by the nodes of their tree, the root included. steps_by_depth: steps by
     how deep the heads were asked. seconds: by stage; steps that sequences share are
     shared out evenly. timeline: when a list, each step's start and the seconds of its STAGES.
@@ -55,6 +57,8 @@ class DraftStatistics:
     accepted: list[int] = field(default_factory=list)
     drafted_by_source: Counter[str] = field(default_factory=Counter)
     accepted_by_source: Counter[str] = field(default_factory=Counter)
+    tried_by_source: Counter[str] = field(default_factory=Counter)
+    promised_by_source: dict[str, float] = field(default_factory=dict)
     steps_by_nodes: Counter[int] = field(default_factory=Counter)
     steps_by_depth: Counter[int] = field(default_factory=Counter)
     seconds_by_stage: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
@@ -82,6 +86,16 @@ class DraftStatistics:
             self.drafted_by_source[source] += 1
         for accepted in tree.path_to(node)[1:]:
             self.accepted_by_source[draft.sources[accepted - 1]] += 1
+        if draft.shares:
+            self._count_promises(draft, node)
+
+    def _count_promises(self, draft: Draft, node: int) -> None:
+        for parent in draft.tree.path_to(node):
+            for child in draft.tree.children[parent]:
+                source = draft.sources[child - 1]
+                promised = self.promised_by_source.get(source, 0.0) + draft.shares[child - 1]
+                self.promised_by_source[source] = promised
+                self.tried_by_source[source] += 1
 
     def add_seconds(self, recorder: StageRecorder, share: float) -> None:
         """Add a share of a step's seconds."""
@@ -99,6 +113,9 @@ class DraftStatistics:
         self.accepted = _added(self.accepted, other.accepted)
         self.drafted_by_source += other.drafted_by_source
         self.accepted_by_source += other.accepted_by_source
+        self.tried_by_source += other.tried_by_source
+        for source, promised in other.promised_by_source.items():
+            self.promised_by_source[source] = self.promised_by_source.get(source, 0.0) + promised
         self.steps_by_nodes += other.steps_by_nodes
         self.steps_by_depth += other.steps_by_depth
         for stage, seconds in other.seconds_by_stage.items():

@@ -31,7 +31,8 @@ class Measured:
         self.statistics = [DraftStatistics() for _ in range(n_requests)]
 
     def begin_run(self) -> None:
-        """Begin another run over all requests."""
+        """Begin another run over all requests, which nothing is remembered of."""
+        self.decoder.drafters.forget()
         self.seconds.append([])
         self.tokens.append([])
         self.sequences = []
@@ -88,7 +89,12 @@ def draft_figures(statistics: DraftStatistics) -> dict[str, Any]:
         ],
         "drafted_per_depth": statistics.drafted,
         "by_source": {
-            source: {"drafted": nodes, "accepted": statistics.accepted_by_source[source]}
+            source: {
+                "drafted": nodes,
+                "accepted": statistics.accepted_by_source[source],
+                "tried": statistics.tried_by_source[source],
+                "promised": statistics.promised_by_source.get(source, 0.0),
+            }
             for source, nodes in statistics.drafted_by_source.items()
         },
         "steps_by_nodes": dict(sorted(statistics.steps_by_nodes.items())),

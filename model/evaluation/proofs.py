@@ -28,12 +28,18 @@ from model.decoding.sequence import Sequence
 from model.evaluation.replay import noise_floor, replay, replay_base
 from model.evaluation.speed import Divergence, find_divergences
 from model.loaded_model import LoadedModel, new_drafters
+from model.planning.adaptive_policy import AdaptivePolicy
+from model.planning.auto_tuning import PRIORS
+from model.trees.costs import CostCurve
 from model.trees.tree import Tree
 
 Float32Array = npt.NDArray[np.float32]
 CONTINUATION = 3  # tokens of n-grams
 BOTH = "heads and n-grams"
 WITHOUT_HEADS = "random drafts and n-grams"
+EVERY_SOURCE = "every source"
+# Steps that cost next to nothing: the adaptive policy then drafts all that it has guesses for.
+FREE_STEPS = CostCurve((0,), (1, 2, 4, 8, 16), ((1.0, 1.01, 1.02, 1.03, 1.04),))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +91,21 @@ def prove(
                         for request, known in zip(requests, plain_sequences, strict=True)
                     ]
                 cases.append(evidence.judge(f"{name}, {describe(tree)}", tree, drafted))
+
+        # Trees that grow by probability, of another shape in each step.
+        heads = None
+        if loaded.heads_path is not None:
+            heads = loaded.heads_drafter(Tree.chain(loaded.n_heads))
+        eager = eager_policy(loaded.n_heads if heads else 0)
+        with loaded.decoder(eager, new_drafters(heads, PRIORS)) as decoder:
+            drafted = [generate(decoder, request) for request in requests]
+        cases.append(evidence.judge(f"{EVERY_SOURCE}, trees by probability", None, drafted))
     return cases
+
+
+def eager_policy(n_heads: int) -> AdaptivePolicy:
+    """Make an adaptive policy that drafts as much as it may. n_heads: levels of the heads."""
+    return AdaptivePolicy(FREE_STEPS, PRIORS, [1e-6] * n_heads, max_leaves=8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,11 +119,12 @@ class _Evidence:
     plain_sequences: list[Sequence]
     requests: abc.Sequence[Request]
 
-    def judge(self, name: str, tree: Tree, drafted: list[Sequence]) -> Case:
+    def judge(self, name: str, tree: Tree | None, drafted: list[Sequence]) -> Case:
+        """Put sequences to the proof. tree: of every step; None: of another shape in each."""
         n_steps = sum(sequence.statistics.steps for sequence in drafted)
         replays = [replay(self.replayer, sequence, self.floor) for sequence in drafted]
         chains_equal = None
-        if len(tree.leaves) == 1:
+        if tree is not None and len(tree.leaves) == 1:
             chains_equal = bit_equal(self.loaded, tree, self.requests, drafted)
         pairs = zip(self.plain_sequences, drafted, strict=True)
         return Case(
@@ -181,6 +202,7 @@ class KnowingDrafter:
     """
 
     name = HEADS
+    max_depth = 4
 
     def __init__(self, known: list[int], so_far: list[int], n_vocab: int) -> None:
         self._known = known
@@ -197,3 +219,15 @@ class KnowingDrafter:
         guesses = (np.array(known)[:, None] + 1 + np.arange(tree.n_ranks)) % self._n_vocab
         guesses[:, min(1, tree.n_ranks - 1)] = known
         return [tree.fill(guesses.astype(np.int32))]
+
+    def look(
+        self,
+        hidden: Float32Array,
+        states: abc.Sequence[int],
+        paths: abc.Sequence[abc.Sequence[int]],
+    ) -> tuple[list[list[int]], list[list[float]]]:
+        """See LevelDrafter. The surest guess is wrong."""
+        at = len(self._so_far) + len(paths[0]) - 1
+        token = self._known[at] if at < len(self._known) else 0
+        guesses = [(token + 1) % self._n_vocab, token]
+        return [guesses] * len(paths), [[0.5, 0.4]] * len(paths)

@@ -73,6 +73,20 @@ def stages(result: dict[str, Any]) -> str:
     return "\n".join(f"{stage:8} {us:10.1f} us  {us / total:6.1%}" for stage, us in spent.items())
 
 
+def reliability(result: dict[str, Any]) -> str:
+    """Return what each draft source promised beside what came of it, as text."""
+    lines = []
+    for source, counts in result["by_source"].items():
+        if counts["tried"]:
+            promised = counts["promised"] / counts["tried"]
+            came = counts["accepted"] / counts["tried"]
+            lines.append(
+                f"{source:8} promised {promised:.0%}, came true {came:.0%} "
+                f"(of {counts['tried']} nodes behind accepted ones)"
+            )
+    return "\n".join(lines)
+
+
 def chrome_trace(timeline: list[tuple[float, ...]]) -> dict[str, Any]:
     """Return a sequence's steps as chrome://tracing and Perfetto read them.
 

@@ -22,13 +22,17 @@ from model.decoding.drafters.drafter import (
     LevelDrafter,
     ranked_bins,
 )
+from model.decoding.sampling import COLD
 from model.decoding.sequence import Sequence
-from model.planning.acceptance_rate import Calibration
+from model.planning.acceptance_rate import Calibration, SequenceCalibration
 from model.planning.source_value import LEARNING_TRIAL, SourceValue
 from model.planning.step_time import StepTimeModel
 from model.planning.tree_growth import UNKNOWN, Growth, Limits, Node, Source, grow
 from model.trees.costs import CostCurve
 
+# From this temperature on sequences are held against those of their kind: SmolLM2-135M follows its
+# n-grams in 0.56 of the cases at temperature 0, 0.44 at 0.7, recycled ones in 0.94 and 0.77.
+WARM = 0.5
 # Of a level's seconds for one sequence: what each further one takes (the bundled model's heads:
 # 0.04).
 FURTHER_SEQUENCE = 0.1
@@ -40,6 +44,7 @@ class _Asking(NamedTuple):
     growth: Growth
     sequence: Sequence
     value: SourceValue
+    first_guess: abc.Sequence[SequenceCalibration]
 
 
 # Heads are too sure of themselves: on answers of SmolLM2-135M at temperatures 0 and 0.7 they were
@@ -71,16 +76,9 @@ class AdaptivePolicy:
         self.max_leaves = max(1, min(max_leaves, self.max_nodes - 1))
         self._limits = Limits(self.max_nodes - 1, self.max_leaves)
         self._step_time = StepTimeModel(curve, max_rows)
-        self._calibrations = {name: Calibration(each) for name, each in priors.items()}
+        self._priors = priors
         self._look_seconds = [0.0, *look_seconds]
-        self._head_levels = Calibration(HEAD_PRIORS * len(look_seconds))
-        # How often the best guess of each level is right, behind a right one: much is hoped for at
-        # first, or deeper levels would never be asked.
-        self._first_guess = [Calibration((0.8,)).of_sequence() for _ in look_seconds]
-        # Whether asking the heads pays: where the other sources draft nothing, and where they do.
-        self._look_values = (SourceValue(), SourceValue())
-        # The same for sources that learn, which takes time; all sequences share what they learn.
-        self._source_values = {name: SourceValue(trial=LEARNING_TRIAL) for name in priors}
+        self._experiences: dict[int, _Experience] = {}  # by how much chance there is
         self._states: WeakKeyDictionary[Sequence, _SequenceState] = WeakKeyDictionary()
         self._running: dict[Sequence, _SequenceState] = {}  # those of the last step
         self._seconds_are_new = False  # those of a step count once, not for each sequence
@@ -105,8 +103,8 @@ class AdaptivePolicy:
         self._running = running
         self._step_time.begin_step(n, n_context)
         self._seconds_are_new = True
-        for value in (*self._look_values, *self._source_values.values()):
-            value.tick()
+        for experience in self._experiences.values():
+            experience.tick()
         if self._step_time.plain_step_due:
             for growth in growths:
                 growth.expand(growth.root)
@@ -161,7 +159,8 @@ class AdaptivePolicy:
                 continue
             value = values[-1] if growth.root.children else values[0]
             if not value.pausing:
-                asked.append(_Asking(growth, sequence, value))
+                first_guess = self._running[sequence].first_guess
+                asked.append(_Asking(growth, sequence, value, first_guess))
         return asked
 
     def _look(
@@ -176,9 +175,9 @@ class AdaptivePolicy:
         # The first level of every sequence that asks; each further one where it is hoped to pay.
         without = rate
         drafter = cast(LevelDrafter, asked[0][1].tree_drafters[HEADS])
-        states = [cast(np.ndarray, sequence.hidden) for _, sequence, _ in asked]
+        states = [cast(np.ndarray, sequence.hidden) for _, sequence, _, _ in asked]
         hidden = states[0] if len(states) == 1 else np.concatenate(states)
-        level = [(growth.root, i) for i, (growth, _, _) in enumerate(asked)]
+        level = [(growth.root, i) for i, (growth, _, _, _) in enumerate(asked)]
         spent = 0.0
         for depth in range(len(self._look_seconds) - 1):
             if depth:
@@ -191,12 +190,12 @@ class AdaptivePolicy:
             for (node, i), best, shares in zip(level, tokens, probabilities, strict=True):
                 kinds = [first_kind + kind for kind in ranked_bins(shares)]
                 asked[i][0].add_look(node, list(zip(best, kinds, strict=True)))
-                node.judged.append((self._first_guess[depth], 0, best[0]))
+                node.judged.append((asked[i].first_guess[depth], 0, best[0]))
             spent += self._level_seconds(depth, len(level))
             rate = grow(growths, offers, plain_rate, self._limits, spent)
         rows = len(growths) + sum(len(growth.nodes) for growth in growths)
         seconds = spent + dict(offers).get(rows, len(growths) / plain_rate)
-        for _, sequence, value in asked:
+        for _, sequence, value, _ in asked:
             self._running[sequence].look = value, without * seconds / len(growths)
 
     def _hoped(
@@ -215,15 +214,15 @@ class AdaptivePolicy:
         best guesses of the level were.
         """
         chosen = [growth.nodes for growth in growths]
-        rates = [first.probability(0) for first in self._first_guess]
-        for growth, _, _ in asked:
-            growth.hope = [0.0] * depth + rates[depth:]
+        for growth, _, _, first_guess in asked:
+            rates = [first.probability(0) for first in first_guess[depth:]]
+            growth.hope = [0.0] * depth + rates
         hoped = grow(
             growths, offers, plain_rate, self._limits, spent + self._level_seconds(depth, 1)
         )
         level = list[tuple[Node, int]]()
         if hoped > rate:
-            for i, (growth, _, _) in enumerate(asked):
+            for i, (growth, _, _, _) in enumerate(asked):
                 of_depth = {
                     node.parent: i
                     for node in growth.nodes
@@ -250,13 +249,12 @@ class AdaptivePolicy:
     def _state(self, sequence: Sequence) -> _SequenceState:
         state = self._running.get(sequence) or self._states.get(sequence)
         if state is None:
-            state = self._states[sequence] = _SequenceState(
-                sequence,
-                self._calibrations,
-                self._head_levels,
-                self._look_values,
-                self._source_values,
-            )
+            chance = _chance(sequence.sampler.params.temperature)
+            experience = self._experiences.get(chance)
+            if experience is None:
+                n_levels = len(self._look_seconds) - 1
+                experience = self._experiences[chance] = _Experience(self._priors, n_levels)
+            state = self._states[sequence] = _SequenceState(sequence, experience)
         return state
 
 
@@ -270,28 +268,53 @@ def _path(node: Node) -> list[int]:
     return tokens
 
 
+def _chance(temperature: float) -> int:
+    """Return 0, 1 or 2: how much of what a sequence says is chance, which nobody can guess."""
+    if temperature < COLD:
+        return 0
+    return 1 if temperature < WARM else 2
+
+
+class _Experience:
+    """What sequences of about the same temperature have shown; a new one begins with it.
+
+    priors: by the name of a continuation source. n_levels: of the heads.
+    """
+
+    def __init__(self, priors: abc.Mapping[str, abc.Sequence[float]], n_levels: int) -> None:
+        self.calibrations = {name: Calibration(each) for name, each in priors.items()}
+        self.head_levels = Calibration(HEAD_PRIORS * n_levels)
+        # How often the best guess of each level is right, behind a right one: much is hoped for at
+        # first, or deeper levels would never be asked.
+        self.first_guess = [Calibration((0.8,)).of_sequence() for _ in range(n_levels)]
+        # Whether asking the heads pays: where no other source guesses, and where one does.
+        self.look_values = (SourceValue(), SourceValue())
+        # The same for sources that learn, which takes time; all sequences share what they learn.
+        self.source_values = {name: SourceValue(trial=LEARNING_TRIAL) for name in priors}
+
+    def tick(self) -> None:
+        """Count one step."""
+        for value in (*self.look_values, *self.source_values.values()):
+            value.tick()
+
+
 class _SequenceState:
     """What the policy keeps of one sequence."""
 
-    def __init__(
-        self,
-        sequence: Sequence,
-        calibrations: abc.Mapping[str, Calibration],
-        head_levels: Calibration,
-        look_values: abc.Iterable[SourceValue],
-        source_values: abc.Mapping[str, SourceValue],
-    ) -> None:
+    def __init__(self, sequence: Sequence, experience: _Experience) -> None:
         self._sources = list[Source]()
         self._values = list[SourceValue | None]()  # of each source; None: it costs nothing
         for name, drafter in sequence.continuation_drafters.items():
-            if name in calibrations:
-                self._sources.append(Source(drafter, calibrations[name].of_sequence()))
-                self._values.append(source_values[name] if drafter.learns else None)
+            calibration = experience.calibrations.get(name)
+            if calibration is not None:
+                self._sources.append(Source(drafter, calibration.of_sequence()))
+                self._values.append(experience.source_values[name] if drafter.learns else None)
         # Where nothing else guesses, and where something does.
-        self.look_values = [SourceValue(shared) for shared in look_values]
+        self.look_values = [SourceValue(shared) for shared in experience.look_values]
         if not self._sources:
             del self.look_values[1:]
-        self._heads = head_levels.of_sequence()
+        self.first_guess = experience.first_guess
+        self._heads = experience.head_levels.of_sequence()
         self._growth: Growth | None = None
         # The look of the step, and the tokens that so many seconds bring without one.
         self.look: tuple[SourceValue, float] | None = None

@@ -182,13 +182,16 @@ class Growth:
         tokens = [self.root.token]
         parents = list[int]()
         sources = list[str]()
+        shares = list[float]()
         for i, node in enumerate(self.nodes, 1):
             assert node.parent is not None
             node.index = i
             tokens.append(node.token)
             parents.append(node.parent.index)
             sources.append(node.source)
-        return Draft(Tree.from_parents(tuple(parents)), tokens, sources, self.looked_depth)
+            shares.append(node.share)
+        tree = Tree.from_parents(tuple(parents))
+        return Draft(tree, tokens, sources, self.looked_depth, shares)
 
     def learn(self, node: int, emitted: abc.Sequence[int]) -> None:
         """Hold all guesses behind the accepted nodes against what came.

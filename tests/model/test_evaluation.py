@@ -15,7 +15,7 @@ from model.decoding.sampling import Sampler, SamplingParams
 from model.errors import HeadsError, UsageError
 from model.evaluation.figures import repeated_ngrams
 from model.evaluation.negative_controls import negative_controls
-from model.evaluation.proofs import BOTH, WITHOUT_HEADS, prove
+from model.evaluation.proofs import BOTH, EVERY_SOURCE, WITHOUT_HEADS, prove
 from model.evaluation.replay import noise_floor, replay, replay_base
 from model.evaluation.speed import (
     TimedSequence,
@@ -51,7 +51,7 @@ def test_the_proofs_hold(loaded: LoadedModel, temperature: float) -> None:
     cases = prove(loaded, requests(loaded, temperature), trees)
     kinds = ["heads", "right drafts", "random drafts", "wrong drafts"]
     names = [case.name.split(",")[0] for case in cases]
-    assert names == [*kinds, "heads", BOTH, *kinds[1:]]
+    assert names == [*kinds, "heads", BOTH, *kinds[1:], EVERY_SOURCE]
     for case in cases:
         assert case.holds, case
         assert case.sequences == 2 and (case.chains_equal is None) == ("tree" in case.name)
@@ -60,6 +60,7 @@ def test_the_proofs_hold(loaded: LoadedModel, temperature: float) -> None:
     assert heads.acceptance_length > (1.1 if temperature else 1.3)
     assert right.acceptance_length > 3
     assert wrong.acceptance_length == pytest.approx(1.0)
+    assert cases[-1].acceptance_length > (1.1 if temperature else 1.5)
 
 
 def test_without_heads_other_drafters_are_put_to_the_proof(foreign_gguf: Path) -> None:
@@ -67,7 +68,12 @@ def test_without_heads_other_drafters_are_put_to_the_proof(foreign_gguf: Path) -
     trees = [Tree.chain(3), Tree.product([2, 2])]
     cases = prove(other, requests(other, max_tokens=16), trees)
     kinds = ["right drafts", "random drafts", "wrong drafts"]
-    assert [case.name.split(",")[0] for case in cases] == [*kinds, WITHOUT_HEADS, *kinds]
+    assert [case.name.split(",")[0] for case in cases] == [
+        *kinds,
+        WITHOUT_HEADS,
+        *kinds,
+        EVERY_SOURCE,
+    ]
     assert all(case.holds for case in cases), cases
     assert cases[0].acceptance_length > 2.5 > 1.5 > cases[2].acceptance_length
     noticed = negative_controls(other, requests(other, max_tokens=16), Tree.product([3, 2]))
@@ -91,7 +97,7 @@ def test_figures_by_kind_add_up(loaded: LoadedModel) -> None:
 
 def test_every_planted_fault_is_noticed(loaded: LoadedModel) -> None:
     noticed = negative_controls(loaded, requests(loaded), Tree.product([3, 2]))
-    assert len(noticed) == 5 and all(all(answers) for answers in noticed.values()), noticed
+    assert len(noticed) == 6 and all(all(answers) for answers in noticed.values()), noticed
 
 
 def test_a_sequence_with_one_foreign_token_does_not_pass_its_replay(loaded: LoadedModel) -> None:

@@ -6,13 +6,19 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from model.decoding.drafters.drafter import BIN_PRIORS, likeliest_chain, ranked_bins
+from model.decoding.drafters.drafter import (
+    BIN_PRIORS,
+    RECYCLED,
+    likeliest_chain,
+    ranked_bins,
+)
 from model.decoding.drafters.recycled import (
     ENTRY_BYTES,
     PRIORS,
     ContinuationMemory,
     RecycledDrafter,
 )
+from model.loaded_model import new_drafters
 from model.trees.likeliest import KEPT, likeliest
 
 
@@ -73,6 +79,16 @@ def test_one_memory_is_shared_or_not() -> None:
     alone = RecycledDrafter([1, 2], ContinuationMemory(1))
     first.observe([1, 2], [0], logits(t3=5.0)[None])
     assert likeliest_chain(second, 1) == [3] and likeliest_chain(alone, 1) == []
+
+
+def test_what_was_taught_is_forgotten_when_asked() -> None:
+    drafters = new_drafters(None, {RECYCLED})
+    drafter = drafters.continuations[RECYCLED]([1, 2])
+    drafter.observe([1, 2], [0], logits(t3=5.0)[None])
+    assert likeliest_chain(drafter, 1) == [3]
+    drafters.forget()
+    assert likeliest_chain(drafter, 1) == []
+    assert not new_drafters(None, {RECYCLED}, memory_mb=0).continuations
 
 
 def test_memory_is_bounded_and_the_oldest_goes() -> None:

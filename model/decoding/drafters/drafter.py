@@ -154,12 +154,15 @@ class Drafters:
     """What may draft for the sequences of a decoder, by the name of the draft source.
 
     trees: serve all sequences. continuations: make the drafter of one sequence from its tokens.
+    forget: has what sequences taught each other forgotten, so that a text which is generated once
+    more is drafted as if it were new.
     """
 
     trees: abc.Mapping[str, TreeDrafter] = field(default_factory=dict)
     continuations: abc.Mapping[str, abc.Callable[[list[int]], ContinuationDrafter]] = field(
         default_factory=dict
     )
+    forget: abc.Callable[[], None] = lambda: None
 
 
 class RandomDrafter:

@@ -47,6 +47,11 @@ class ContinuationMemory:
     def __len__(self) -> int:
         return len(self._behind_two)
 
+    def clear(self) -> None:
+        """Forget everything."""
+        self._behind_two.clear()
+        self._behind_one.clear()
+
     def find(self, before: int, last: int) -> Guesses:
         """Return what may follow these two tokens; nothing where neither was seen."""
         found = self._behind_two.get(before * _PAIR + last)
