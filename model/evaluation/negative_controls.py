@@ -13,21 +13,14 @@ import numpy.typing as npt
 
 from model.base.llama import LlamaBase, RowSeqIds
 from model.decoding.decoder import Decoder
-from model.decoding.draft_policy import DraftPolicy, FixedPolicy
+from model.decoding.draft_policy import FixedPolicy
 from model.decoding.drafters.drafter import HEADS, NGRAM, Guesses
 from model.decoding.request import Request
 from model.decoding.sampling import Sampler
 from model.decoding.sequence import Sequence
-from model.evaluation.proofs import (
-    CONTINUATION,
-    KnowingDrafter,
-    bit_equal,
-    eager_policy,
-    generate,
-)
+from model.evaluation.proofs import CONTINUATION, KnowingDrafter, bit_equal, generate
 from model.evaluation.replay import Replay, noise_floor, replay, replay_base
-from model.loaded_model import LoadedModel, new_drafters
-from model.planning.auto_tuning import PRIORS
+from model.loaded_model import LoadedModel
 from model.trees.tree import Tree
 
 Float32Array = npt.NDArray[np.float32]
@@ -86,19 +79,16 @@ class Fault(NamedTuple):
     """A faulty context; with an ordinary one the sampler is at fault.
 
     continuation: how many tokens n-grams draft, always wrong, beside a chain that is always right.
-    grown: the tree is grown by probability, from every source.
     """
 
     kind: type[LlamaBase]
     continuation: int = 0
-    grown: bool = False
 
 
 FAULTS = {
     "siblings see each other": Fault(_SiblingsSee),
     "roll-back skipped": Fault(_KeepsRejected),
     "roll-back skipped, n-gram continuation": Fault(_KeepsRejected, CONTINUATION),
-    "siblings see each other, trees by probability": Fault(_SiblingsSee, grown=True),
     "second-best token accepted": Fault(LlamaBase),
 }
 
@@ -137,13 +127,10 @@ def _generate_with_fault(
     fault: Fault,
 ) -> list[Sequence]:
     sequences = list[Sequence]()
-    policy: DraftPolicy = FixedPolicy(tree, fault.continuation)
-    if fault.grown:
-        policy = eager_policy(KnowingDrafter.max_depth)
+    policy = FixedPolicy(tree, fault.continuation)
     never_rolled_back = policy.max_nodes * max(request.max_tokens or 0 for request in requests)
     base = loaded.new_base(policy, fault.kind, n_ctx=loaded.context + never_rolled_back)
-    drafters = new_drafters(None, PRIORS if fault.grown else ())
-    with Decoder(base, loaded.base_model, policy, drafters, context=loaded.context) as decoder:
+    with Decoder(base, loaded.base_model, policy, context=loaded.context) as decoder:
         for request, tokens in zip(requests, known, strict=True):
             sequence = decoder.start(request, keep_logits=True)
             sequence.tree_drafters[HEADS] = KnowingDrafter(

@@ -202,7 +202,6 @@ class KnowingDrafter:
     """
 
     name = HEADS
-    max_depth = 4
 
     def __init__(self, known: list[int], so_far: list[int], n_vocab: int) -> None:
         self._known = known
@@ -219,15 +218,3 @@ class KnowingDrafter:
         guesses = (np.array(known)[:, None] + 1 + np.arange(tree.n_ranks)) % self._n_vocab
         guesses[:, min(1, tree.n_ranks - 1)] = known
         return [tree.fill(guesses.astype(np.int32))]
-
-    def look(
-        self,
-        hidden: Float32Array,
-        states: abc.Sequence[int],
-        paths: abc.Sequence[abc.Sequence[int]],
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """See LevelDrafter. The surest guess is wrong."""
-        at = len(self._so_far) + len(paths[0]) - 1
-        token = self._known[at] if at < len(self._known) else 0
-        guesses = [(token + 1) % self._n_vocab, token]
-        return [guesses] * len(paths), [[0.5, 0.4]] * len(paths)

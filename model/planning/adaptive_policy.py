@@ -49,7 +49,7 @@ class _Asking(NamedTuple):
 
 # Heads are too sure of themselves: on answers of SmolLM2-135M at temperatures 0 and 0.7 they were
 # right in 0.4 to 0.8 of what they promised, where no other source had a guess.
-HEAD_PRIORS = tuple(0.8 * p for p in BIN_PRIORS)
+HEAD_PRIORS = tuple(0.7 * p for p in BIN_PRIORS)
 
 
 class AdaptivePolicy:

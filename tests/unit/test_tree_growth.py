@@ -10,7 +10,7 @@ import pytest
 
 from model.decoding.drafters.drafter import HEADS, Guesses
 from model.planning.acceptance_rate import AGREEING, DISAGREEING, Calibration
-from model.planning.tree_growth import Growth, Limits, Source, grow
+from model.planning.tree_growth import MIN_SPEEDUP, Growth, Limits, Source, grow
 
 Guessed = Mapping[tuple[int, ...], list[tuple[int, float]]]  # tokens and probabilities by path
 WIDE = Limits(nodes=16, leaves=16)
@@ -92,7 +92,7 @@ def best_by_search(
             p *= dict(tables[i][path[:depth]])[token]
         return p
 
-    best = plain_rate
+    best = MIN_SPEEDUP * plain_rate
     n = len(tables)
     for size in range(1, max(seconds) - n + 1):
         if n + size not in seconds:
@@ -102,7 +102,7 @@ def best_by_search(
             if all(len(path) == 1 or (i, path[:-1]) in inside for i, path in chosen):
                 tokens = n + sum(probability(i, path) for i, path in chosen)
                 best = max(best, tokens / seconds[n + size])
-    return best
+    return best if best > MIN_SPEEDUP * plain_rate else plain_rate
 
 
 @pytest.mark.parametrize("seed", range(12))
