@@ -69,7 +69,6 @@ class Oracle:
     """Drafts what the fake model will choose at one of the ranks, noise at the others."""
 
     name = "heads"
-    max_depth = 4
 
     def __init__(self, base: FakeBase, sequence: Sequence, tree: Tree, miss: float) -> None:
         self.base, self.sequence, self.tree, self.miss = base, sequence, tree, miss
@@ -116,7 +115,6 @@ class Knowing:
     ) -> None:
         self.text, self.so_far, self.miss = text, so_far, miss
         self.shape, self.rng = (tree.max_depth, tree.n_ranks), np.random.default_rng(seed)
-        self.max_depth = tree.max_depth
 
     def look(
         self,

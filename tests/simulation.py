@@ -90,7 +90,6 @@ class ChanceHeads:
     """
 
     name = HEADS
-    max_depth = len(GOOD)
 
     def __init__(self, rates: npt.NDArray[np.float64], seed: int = 0, *, sure: float = 0.0) -> None:
         self.rates = rates

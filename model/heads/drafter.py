@@ -70,11 +70,6 @@ class HeadsDrafter:
         self.dtype = self._fastest(heads) if dtype == "auto" else dtype
         self._prepare(heads)
 
-    @property
-    def max_depth(self) -> int:
-        """See LevelDrafter."""
-        return self._n_heads
-
     def _fastest(self, heads: MedusaHeads) -> str:
         """Time one row in each type, with a part of the LM head only, and name the fastest."""
         rows = np.arange(min(heads.config.n_rows, PROBE_VOCAB), dtype=np.int32)

@@ -67,11 +67,6 @@ class TreeDrafter(Drafter, Protocol):
 class LevelDrafter(Drafter, Protocol):
     """A tree drafter that is asked level by level, where that is worth its time."""
 
-    @property
-    def max_depth(self) -> int:
-        """How many levels there are."""
-        ...
-
     def look(
         self,
         hidden: npt.NDArray[np.float32],
@@ -169,7 +164,6 @@ class RandomDrafter:
     """Guesses at random: the worst case that speed is held against, and a case for the proofs."""
 
     name = HEADS
-    max_depth = 4
 
     def __init__(self, n_vocab: int, seed: int = 0) -> None:
         self._rng = np.random.default_rng(seed)
