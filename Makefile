@@ -13,7 +13,7 @@ export CMAKE_BUILD_PARALLEL_LEVEL ?= $(shell getconf _NPROCESSORS_ONLN 2>/dev/nu
 # GCC before 11.5, 12.4 and 13.3 loses the configuration of AMX tiles (GCC bug 114098): on a processor
 # that has them llama.cpp would die of SIGILL at its first prompt, so there it goes without.
 AMX_HEADER := $(shell $${CXX:-g++} -print-file-name=include/amxtileintrin.h 2>/dev/null)
-ifneq ($(shell grep -sl 'const void \*\*' $(AMX_HEADER)),)
+ifneq ($(shell grep -sl 'const void \*\*' $(AMX_HEADER) /dev/null),)
 export CXXFLAGS += -mno-amx-tile -mno-amx-int8 -mno-amx-bf16
 endif
 

@@ -46,7 +46,7 @@ class Commands(click.Group):
 )
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """Speculative decoding for any GGUF: draft heads and n-grams, verified by unmodified llama.cpp.
+    """Speculative decoding for any GGUF: drafts of many kinds, verified by unmodified llama.cpp.
 
     MODEL_PATH names the model, the README lists all environment variables. Without a command, serve
     the model.

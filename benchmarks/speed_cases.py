@@ -73,7 +73,7 @@ def cases(
     elif what == "worst":
         useless = {
             "useless heads": adaptive_decoder(loaded, tuning, ()),
-            "useless heads and n-grams": adaptive_decoder(loaded, tuning, FREE),
+            "useless heads and free sources": adaptive_decoder(loaded, tuning, FREE),
         }
         for decoder in useless.values():
             if HEADS in decoder.drafters.trees:
@@ -81,15 +81,15 @@ def cases(
                 decoder.drafters = replace(decoder.drafters, trees=at_random)
         yield "python", useless
         for kind in ("foreign", "long"):
-            yield kind, {f"both, {kind} prompts": adaptive_decoder(loaded, tuning, FREE)}
+            yield kind, {f"all sources, {kind} prompts": adaptive_decoder(loaded, tuning, FREE)}
     elif what == "copying":
         without_heads = replace(tuning, draft_s=[], accuracies=[])
         yield (
             "copying",
             {
                 "heads": adaptive_decoder(loaded, tuning, ()),
-                "n-grams": adaptive_decoder(loaded, without_heads, FREE),
-                "both": adaptive_decoder(loaded, tuning, FREE),
+                "free sources": adaptive_decoder(loaded, without_heads, FREE),
+                "all sources": adaptive_decoder(loaded, tuning, FREE),
             },
         )
     else:
@@ -97,7 +97,7 @@ def cases(
         tree = best_tree(loaded, tuning)
         if len(tree) > 1:
             decoders[describe_fixed(tree)] = loaded.fixed_decoder(tree)
-        decoders["both"] = adaptive_decoder(loaded, tuning, FREE)
+        decoders["all sources"] = adaptive_decoder(loaded, tuning, FREE)
         yield "python", decoders
 
 

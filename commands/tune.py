@@ -120,7 +120,10 @@ def measured(
     """Return what was measured just now, with the heads if there are any."""
     heads = loaded.heads_path is not None
     if not heads:
-        click.echo(f"no heads for {loaded.file.name}: only n-grams can draft", err=True)
+        click.echo(
+            f"no heads for {loaded.file.name}: only n-grams and recycled continuations can draft",
+            err=True,
+        )
     finish(choose_flash_attention(loaded, afresh=True))
     slices = tuned(
         loaded,

@@ -135,7 +135,7 @@ class Engine:
 
     path: the GGUF; of a split one, the first part. Or a short name, as in MODEL_PATH.
     heads_path: folder or file of the draft heads; None: those below `heads_folder` that belong to
-        the model, if there are any. Without heads, n-grams draft.
+        the model, if there are any. Without heads, the other sources draft.
     n_parallel: prompts that `generate` runs at the same time.
     chat_template: auto (the GGUF's own), vicuna, none, or a file that holds a Jinja template.
     load: threads, context size, GPU layers, KV cache type and the like.

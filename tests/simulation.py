@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections.abc as abc
+from time import sleep
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +13,7 @@ from model.decoding.draft import Draft
 from model.decoding.draft_policy import DraftPolicy, StepOutcome
 from model.decoding.drafters.drafter import HEADS, NGRAM, Guesses
 from model.decoding.drafters.ngram import PRIORS
+from model.decoding.sampling import SamplingParams
 from model.decoding.sequence import Sequence
 from model.planning.adaptive_policy import AdaptivePolicy
 from model.trees.costs import CostCurve
@@ -59,7 +61,7 @@ LOOK_SECONDS = tuple(LOOK_S + LEVEL_S * level for level in range(len(GOOD)))
 FURTHER_PATH_S = 0.1  # of it, for each further path that is looked at
 
 TRUTH = 100  # the right token behind one of these is the next number
-WRONG = -1
+WRONG = -1000
 
 
 def curve(times: Times) -> CostCurve:
@@ -146,10 +148,9 @@ class ChanceHeads:
 class ChanceDrafter:
     """A continuation drafter: each token is right by chance, if those before it are.
 
-    matches: in what share of the steps it has anything to say. kind: of its guesses.
+    matches: in what share of the steps it has anything to say. kind: of its guesses. learning_s:
+    what it takes to learn from a step, really; 0: it does not learn.
     """
-
-    learns = False
 
     def __init__(
         self,
@@ -160,8 +161,12 @@ class ChanceDrafter:
         matches: float = 1.0,
         kind: int = 4,
         seed: int = 0,
+        learning_s: float = 0.0,
     ) -> None:
         self.name = name
+        self.learns = learning_s > 0
+        self.taught = 0
+        self._learning_s = learning_s
         self.rate = rate
         self._sequence = sequence
         self._matches = matches
@@ -179,12 +184,14 @@ class ChanceDrafter:
         return [(cursor + 1 if right else WRONG, self._kind)]
 
     def observe(self, *_: object) -> None:
-        pass
+        self.taught += 1
+        sleep(self._learning_s)
 
 
-def drafted_sequence(heads: ChanceHeads | None = None) -> Sequence:
+def drafted_sequence(heads: ChanceHeads | None = None, temperature: float = 0.0) -> Sequence:
     """A sequence, with heads where they are given."""
-    sequence = new_sequence([TRUTH], 10**9, n_vocab=10**9)
+    params = SamplingParams(temperature=temperature)
+    sequence = new_sequence([TRUTH], 10**9, params, n_vocab=10**9)
     if heads is not None:
         sequence.tree_drafters[HEADS] = heads
     return sequence

@@ -76,7 +76,10 @@ class FixedPolicy:
         return len(self.tree) > 1 and HEADS in sequence.tree_drafters
 
     def draft(self, sequences: abc.Sequence[Sequence]) -> list[Draft]:
-        """See DraftPolicy. Where there is no hidden state yet, the tree is left out."""
+        """See DraftPolicy.
+
+        The tree is left out where there is no hidden state yet, or no room for it.
+        """
         drafts = [no_draft(sequence.tokens[-1]) for sequence in sequences]
         if len(self.tree) > 1:
             self._fill(sequences, drafts)
@@ -85,7 +88,8 @@ class FixedPolicy:
         for i, sequence in enumerate(sequences):
             drafter = sequence.continuation_drafters.get(self.source)
             if drafter is not None:
-                chain = likeliest_chain(drafter, self.tree.max_depth + self.continuation)
+                most = self.tree.max_depth + self.continuation
+                chain = likeliest_chain(drafter, min(most, sequence.draft_room))
                 drafts[i] = drafts[i].with_chain(chain, self.continuation, self.source)
         return drafts
 
@@ -93,6 +97,8 @@ class FixedPolicy:
         """Have the tree drafted for all that can; sequences with the same drafter share a call."""
         calls: dict[TreeDrafter, list[int]] = {}
         for i, sequence in enumerate(sequences):
+            if self.tree.max_depth > sequence.draft_room:
+                continue
             if sequence.hidden is not None and HEADS in sequence.tree_drafters:
                 calls.setdefault(sequence.tree_drafters[HEADS], []).append(i)
         for drafter, users in calls.items():

@@ -141,6 +141,11 @@ class Sequence:
         return len(self.tokens) - self.n_prompt
 
     @property
+    def draft_room(self) -> int:
+        """How deep a draft is of use: the last token that the sequence may get is never drafted."""
+        return self.max_length - len(self.tokens) - 1
+
+    @property
     def finished(self) -> bool:
         """Whether nothing is to follow."""
         return self.finish_reason is not None

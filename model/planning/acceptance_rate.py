@@ -55,7 +55,8 @@ class AcceptanceRate:
         Who drafts picks what looks best, and with it what looks better than it is.
         """
         mean = self.mean
-        return mean - CAUTION * sqrt(mean * (1 - mean) / (self.tries + PRIOR_WEIGHT))
+        doubt = sqrt(mean * (1 - mean) / (self.tries + PRIOR_WEIGHT))
+        return max(0.0, mean - CAUTION * doubt)
 
 
 # A guess that stands alone is as good as its kind says, one that another source has too is better,

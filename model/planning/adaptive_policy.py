@@ -13,6 +13,7 @@ from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import numpy as np
+import numpy.typing as npt
 
 from model.decoding.draft import Draft, no_draft
 from model.decoding.draft_policy import StepOutcome
@@ -30,8 +31,9 @@ from model.planning.step_time import StepTimeModel
 from model.planning.tree_growth import UNKNOWN, Growth, Limits, Node, Source, grow
 from model.trees.costs import CostCurve
 
-# From this temperature on sequences are held against those of their kind: SmolLM2-135M follows its
-# n-grams in 0.56 of the cases at temperature 0, 0.44 at 0.7, recycled ones in 0.94 and 0.77.
+# Greedy sequences, those below this temperature and those above are held against their kind alone:
+# SmolLM2-135M follows its n-grams in 0.56 of the cases at temperature 0 and in 0.44 at 0.7, what is
+# recycled and agrees with them in 0.94 and 0.77.
 WARM = 0.5
 # Of a level's seconds for one sequence: what each further one takes (the bundled model's heads:
 # 0.04).
@@ -78,7 +80,8 @@ class AdaptivePolicy:
         self._step_time = StepTimeModel(curve, max_rows)
         self._priors = priors
         self._look_seconds = [0.0, *look_seconds]
-        self._experiences: dict[int, _Experience] = {}  # by how much chance there is
+        # By how much chance there is, and by the rule of acceptance.
+        self._experiences: dict[tuple[int, bool], _Experience] = {}
         self._states: WeakKeyDictionary[Sequence, _SequenceState] = WeakKeyDictionary()
         self._running: dict[Sequence, _SequenceState] = {}  # those of the last step
         self._seconds_are_new = False  # those of a step count once, not for each sequence
@@ -105,13 +108,15 @@ class AdaptivePolicy:
         self._seconds_are_new = True
         for experience in self._experiences.values():
             experience.tick()
+        plain_rate = n / self._step_time.plain_seconds(n, n_context)
+        for state in running.values():
+            state.tokens_per_second = plain_rate / n
         if self._step_time.plain_step_due:
             for growth in growths:
                 growth.expand(growth.root)
             return [no_draft(sequence.tokens[-1]) for sequence in sequences]
 
         # Grow their trees, and with the heads' guesses where these are worth asking for.
-        plain_rate = n / self._step_time.plain_seconds(n, n_context)
         guessed = False
         for growth in growths:
             growth.expand(growth.root)
@@ -136,13 +141,12 @@ class AdaptivePolicy:
     ) -> None:
         """Say what a drafted row costs in this step, in the tokens that plain steps bring."""
         n = len(growths)
-        rows = n + sum(len(growth.nodes) for growth in growths)
+        n_nodes = sum(len(growth.nodes) for growth in growths)
         a_row = 0.0
-        if rows > n:
-            a_row = (dict(offers)[rows] * plain_rate - n) / (rows - n)
+        if n_nodes:
+            a_row = (_seconds(growths, offers, plain_rate) * plain_rate - n) / n_nodes
         for state in self._running.values():
             state.row_tokens = a_row
-            state.tokens_per_second = plain_rate / n
 
     def _who_asks(
         self, sequences: abc.Sequence[Sequence], growths: abc.Sequence[Growth]
@@ -155,7 +159,7 @@ class AdaptivePolicy:
             values = self._running[sequence].look_values
             for each in values:
                 each.tick()
-            if sequence.hidden is None or HEADS not in sequence.tree_drafters:
+            if sequence.hidden is None or HEADS not in sequence.tree_drafters or growth.room < 1:
                 continue
             value = values[-1] if growth.root.children else values[0]
             if not value.pausing:
@@ -173,30 +177,50 @@ class AdaptivePolicy:
     ) -> None:
         """Ask the heads, level by level, while the next level promises more than it takes."""
         # The first level of every sequence that asks; each further one where it is hoped to pay.
-        without = rate
-        drafter = cast(LevelDrafter, asked[0][1].tree_drafters[HEADS])
-        states = [cast(np.ndarray, sequence.hidden) for _, sequence, _, _ in asked]
+        rate_without = rate
+        seconds_without = _seconds(growths, offers, plain_rate)
+        without = [sum(node.p for node in each.growth.nodes) for each in asked]
+        states = [cast(np.ndarray, each.sequence.hidden) for each in asked]
         hidden = states[0] if len(states) == 1 else np.concatenate(states)
-        level = [(growth.root, i) for i, (growth, _, _, _) in enumerate(asked)]
+        level = [(each.growth.root, i) for i, each in enumerate(asked)]
         spent = 0.0
         for depth in range(len(self._look_seconds) - 1):
             if depth:
                 level = self._hoped(growths, asked, depth, offers, plain_rate, rate, spent)
             if not level:
                 break
-            paths = [_path(node) for node, _ in level]
-            tokens, probabilities = drafter.look(hidden, [i for _, i in level], paths)
-            first_kind = depth * len(BIN_PRIORS)
-            for (node, i), best, shares in zip(level, tokens, probabilities, strict=True):
-                kinds = [first_kind + kind for kind in ranked_bins(shares)]
-                asked[i][0].add_look(node, list(zip(best, kinds, strict=True)))
-                node.judged.append((asked[i].first_guess[depth], 0, best[0]))
+            self._ask(asked, level, hidden, depth)
             spent += self._level_seconds(depth, len(level))
             rate = grow(growths, offers, plain_rate, self._limits, spent)
-        rows = len(growths) + sum(len(growth.nodes) for growth in growths)
-        seconds = spent + dict(offers).get(rows, len(growths) / plain_rate)
-        for _, sequence, value, _ in asked:
-            self._running[sequence].look = value, without * seconds / len(growths)
+        more_seconds = spent + _seconds(growths, offers, plain_rate) - seconds_without
+        cost = rate_without * more_seconds / len(asked)
+        for each, expected in zip(asked, without, strict=True):
+            self._running[each.sequence].look = each.value, expected, cost
+
+    def _ask(
+        self,
+        asked: abc.Sequence[_Asking],
+        level: abc.Sequence[tuple[Node, int]],
+        hidden: npt.NDArray[np.float32],
+        depth: int,
+    ) -> None:
+        """Have the heads guess behind nodes of a depth; sequences with the same ones share a call.
+
+        level: nodes, and whose they are. hidden: (B, D), a state for each of `asked`.
+        """
+        calls: dict[LevelDrafter, list[tuple[Node, int]]] = {}
+        for node, i in level:
+            drafter = cast(LevelDrafter, asked[i].sequence.tree_drafters[HEADS])
+            calls.setdefault(drafter, []).append((node, i))
+        first_kind = depth * len(BIN_PRIORS)
+        for drafter, part in calls.items():
+            paths = [_path(node) for node, _ in part]
+            tokens, probabilities = drafter.look(hidden, [i for _, i in part], paths)
+            for (node, i), best, shares in zip(part, tokens, probabilities, strict=True):
+                kinds = [first_kind + kind for kind in ranked_bins(shares)]
+                asked[i].growth.add_look(node, list(zip(best, kinds, strict=True)))
+                if best:
+                    node.judged.append((asked[i].first_guess[depth], 0, best[0]))
 
     def _hoped(
         self,
@@ -214,18 +238,18 @@ class AdaptivePolicy:
         best guesses of the level were.
         """
         chosen = [growth.nodes for growth in growths]
-        for growth, _, _, first_guess in asked:
-            rates = [first.probability(0) for first in first_guess[depth:]]
-            growth.hope = [0.0] * depth + rates
+        for each in asked:
+            rates = [first.probability(0) for first in each.first_guess[depth:]]
+            each.growth.hope = [0.0] * depth + rates
         hoped = grow(
             growths, offers, plain_rate, self._limits, spent + self._level_seconds(depth, 1)
         )
         level = list[tuple[Node, int]]()
         if hoped > rate:
-            for i, (growth, _, _, _) in enumerate(asked):
+            for i, each in enumerate(asked):
                 of_depth = {
                     node.parent: i
-                    for node in growth.nodes
+                    for node in each.growth.nodes
                     if node.token == UNKNOWN and node.depth == depth + 1
                 }
                 level += [(node, i) for node in of_depth if node is not None]
@@ -245,17 +269,29 @@ class AdaptivePolicy:
             self._step_time.record(outcome.n_rows, outcome.seconds)
             self._seconds_are_new = False
         self._state(sequence).learn(sequence, outcome)
+        if sequence.finished:  # nobody is to keep it alive
+            self._running.pop(sequence, None)
 
     def _state(self, sequence: Sequence) -> _SequenceState:
         state = self._running.get(sequence) or self._states.get(sequence)
         if state is None:
-            chance = _chance(sequence.sampler.params.temperature)
-            experience = self._experiences.get(chance)
+            # Under the lossy rule what was drafted is right more often.
+            like = (_chance(sequence.sampler.params.temperature), sequence.typical_acceptance)
+            experience = self._experiences.get(like)
             if experience is None:
                 n_levels = len(self._look_seconds) - 1
-                experience = self._experiences[chance] = _Experience(self._priors, n_levels)
+                experience = self._experiences[like] = _Experience(self._priors, n_levels)
             state = self._states[sequence] = _SequenceState(sequence, experience)
         return state
+
+
+def _seconds(
+    growths: abc.Sequence[Growth], offers: abc.Sequence[tuple[int, float]], plain_rate: float
+) -> float:
+    """Return what the step takes with the nodes that are chosen, drafting left out."""
+    n = len(growths)
+    rows = n + sum(len(growth.nodes) for growth in growths)
+    return dict(offers)[rows] if rows > n else n / plain_rate
 
 
 def _path(node: Node) -> list[int]:
@@ -316,8 +352,8 @@ class _SequenceState:
         self.first_guess = experience.first_guess
         self._heads = experience.head_levels.of_sequence()
         self._growth: Growth | None = None
-        # The look of the step, and the tokens that so many seconds bring without one.
-        self.look: tuple[SourceValue, float] | None = None
+        # The look of the step, what was expected without it, and what it cost, in tokens.
+        self.look: tuple[SourceValue, float, float] | None = None
         self.row_tokens = 0.0  # tokens that a drafted row of the step costs
         self.tokens_per_second = 0.0  # of the sequence in plain steps
 
@@ -328,7 +364,9 @@ class _SequenceState:
             for source, value in zip(self._sources, self._values, strict=True)
             if value is None or not value.pausing
         ]
-        room = sequence.max_length - len(sequence.tokens) - 1
+        self.look = None
+        self.row_tokens = 0.0
+        room = sequence.draft_room
         self._growth = Growth(sequence.tokens[-1], awake, self._heads, room)
         return self._growth
 
@@ -340,10 +378,9 @@ class _SequenceState:
         self._growth = None
         growth.learn(outcome.node, outcome.emitted)
         if self.look is not None:
-            value, without = self.look
-            self.look = None
+            value, without, cost = self.look
             expected = sum(node.p for node in growth.nodes)
-            value.record(expected, len(outcome.emitted) - 1, without)
+            value.record(expected, len(outcome.emitted) - 1, without, cost)
         path = outcome.draft.tree.path_to(outcome.node)
         for source, source_value in zip(self._sources, self._values, strict=True):
             if source_value is not None and not source_value.pausing:
@@ -371,4 +408,4 @@ class _SequenceState:
         expected = sum(node.p for _, node in own)
         accepted = sum(at in path for at, _ in own)
         cost = len(own) * self.row_tokens + seconds * self.tokens_per_second
-        value.record(expected, accepted, 1 + cost)
+        value.record(expected, accepted, 0.0, cost)

@@ -133,9 +133,15 @@ def choose_in_slices(
                 draft_vocab=options.draft_vocab,
                 max_leaves=max_leaves,
             )
+            names = (*drafters.trees, *drafters.continuations)
+            description = ", ".join(WORDS[name] for name in names) or "nothing"
             description = f"{description}, up to {policy.max_nodes} nodes a step"
             return Drafting(policy, drafters, description)
         tree = tuning.best(tuning.curve.contexts[0], max_nodes).tree
+    if sources == [RECYCLED]:
+        raise UsageError("draft recycled: only the adaptive policy drafts recycled continuations")
+    fixed_sources = [source for source in sources if source != RECYCLED]
+    description = ", ".join(WORDS[source] for source in fixed_sources)
     heads_drafter = None
     if len(tree) > 1:
         heads_drafter = loaded.heads_drafter(tree, options.draft_vocab)

@@ -63,13 +63,14 @@ class SourceValue:
         if self.remaining:
             self.remaining -= 1
 
-    def record(self, expected: float, accepted: int, without: float) -> None:
+    def record(self, expected: float, accepted: int, without: float, cost: float) -> None:
         """Take note of a step in which the source was asked.
 
-        expected: drafted tokens that were to be accepted; accepted: those that were. without:
-        tokens that the step's seconds would have brought if it had not been asked. A single step
-        says little, and a source promises too much just where it promises much: so it is worth what
-        it made expect, times the part of all that was expected lately which came true.
+        expected: drafted tokens that were to be accepted; accepted: those that were; without: those
+        that were to be accepted if it had not been asked. cost: what was spent for it, in tokens. A
+        single step says little, and a source promises too much just where it promises much: so it
+        is worth what it made expect, times the part of all that was expected lately which came
+        true.
         """
         both = self._shared or self
         both._expected += expected
@@ -77,7 +78,7 @@ class SourceValue:
         if both._expected > TOKENS:
             both._accepted *= TOKENS / both._expected
             both._expected = TOKENS
-        gain = 1 + expected * both._accepted / both._expected - without
+        gain = (expected - without) * both._accepted / both._expected - cost
         most = MEMORY * self._trial
         if self._n == most:
             self._gain *= (most - 1) / most

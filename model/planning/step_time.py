@@ -121,7 +121,7 @@ class StepTimeModel:
         Seconds are within a percent: what is nearly the same is worked out once.
         """
         _, drafted = self._drift(n_sequences).factors
-        key = (n_context // CONTEXT_STRIDE, n_sequences, most, round(drafted, 2))
+        key = (n_context // CONTEXT_STRIDE, n_sequences, most, float(f"{drafted:.3g}"))
         known = self._offers.get(key)
         if known is None:
             if len(self._offers) >= MAX_CONTEXTS:

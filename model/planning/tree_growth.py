@@ -38,7 +38,7 @@ class Node:
 
     share: probability that it follows its parent; p: that of its path. source: who guessed it.
     judged: guesses of what follows it: calibration, kind and token, to be learnt from. n_chosen:
-    of its children. looked: the heads were asked what follows it. hoped: what they would guess.
+    of its children. looked: the heads were asked what follows it.
     """
 
     __slots__ = (
@@ -46,7 +46,6 @@ class Node:
         "cursors",
         "depth",
         "expanded",
-        "hoped",
         "index",
         "judged",
         "looked",
@@ -69,7 +68,6 @@ class Node:
         self.n_chosen = 0
         self.expanded = False
         self.looked = False
-        self.hoped: Node | None = None
         self.cursors: list[Any] = []
         self.children: dict[int, Node] = {}
         self.judged: list[tuple[SequenceCalibration, int, int]] = []
@@ -104,7 +102,7 @@ class Growth:
         self.hope: abc.Sequence[float] = ()
         self._sources = sources
         self._heads = heads
-        self._room = room
+        self.room = room
         self.root.cursors = [source.drafter.start() for source in sources]
 
     def children(self, node: Node) -> abc.Iterable[Node]:
@@ -112,12 +110,12 @@ class Growth:
         if not node.expanded:
             self.expand(node)
         found = node.children.values()
-        if node.depth < len(self.hope) and not node.looked and node.depth < self._room:
+        if node.depth < len(self.hope) and not node.looked and node.depth < self.room:
             share = self.hope[node.depth]
             if share and (node.depth == self.looked_depth or node.token == UNKNOWN):
-                node.hoped = Node(UNKNOWN, node, share, HEADS)
-                node.hoped.expanded = True
-                return [*found, node.hoped]
+                hoped = Node(UNKNOWN, node, share, HEADS)
+                hoped.expanded = True
+                return [*found, hoped]
         return found
 
     def expand(self, node: Node) -> None:
@@ -125,7 +123,7 @@ class Growth:
         if node.expanded:
             return
         node.expanded = True
-        if node.depth >= self._room:
+        if node.depth >= self.room:
             return
         parent = node.parent
         if parent is not None:
@@ -149,7 +147,7 @@ class Growth:
     def add_look(self, node: Node, guesses: Guesses) -> None:
         """Take what the heads guess behind a node."""
         node.looked = True
-        if node.depth < self._room:
+        if node.depth < self.room:
             self.expand(node)
             self._add(node, guesses, set(node.children), self._heads, HEADS)
         self.looked_depth = max(self.looked_depth, node.depth + 1)

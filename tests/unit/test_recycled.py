@@ -37,6 +37,15 @@ def test_the_likeliest_come_first_with_their_shares() -> None:
     assert shares == pytest.approx((whole / whole.sum())[:4], rel=1e-5)
 
 
+def test_logits_that_are_no_numbers_guess_nothing() -> None:
+    assert likeliest(np.full(20, np.nan, np.float32)) == ([], [])
+    tokens, shares = likeliest(np.full(20, -np.inf, np.float32))
+    assert len(tokens) == len(shares) == 0
+    memory = ContinuationMemory(1)
+    memory.keep(1, 2, np.full(20, np.nan, np.float32))
+    assert likeliest_chain(RecycledDrafter([1, 2], memory), 3) == []
+
+
 def test_shares_are_near_the_probabilities_where_the_model_is_sure() -> None:
     rng = np.random.default_rng(0)
     for _ in range(50):

@@ -20,7 +20,7 @@ def steps_of_pause(value: SourceValue) -> int:
 def asked(value: SourceValue, gain: float, n: int = TRIAL) -> None:
     """Ask n times, for a gain of so many tokens each."""
     for _ in range(n):
-        value.record(0.0, 0, 1.0 - gain)
+        value.record(0.0, 0, 0.0, -gain)
 
 
 def test_looks_that_cost_more_than_they_bring_pause_ever_longer() -> None:
@@ -81,7 +81,7 @@ def test_what_is_promised_and_does_not_come_is_worth_nothing() -> None:
     boasting = SourceValue()
     for i in range(200):
         if not honest.pausing:
-            honest.record(1.5, 1 + i % 2, 2.0)
+            honest.record(1.5, 1 + i % 2, 0.0, 1.0)
         if not boasting.pausing:
-            boasting.record(1.5, i % 2, 2.0)
+            boasting.record(1.5, i % 2, 0.0, 1.0)
     assert boasting.pausing and not honest.pausing

@@ -8,6 +8,7 @@ no llama.cpp.
 from __future__ import annotations
 
 import collections.abc as abc
+from collections import OrderedDict
 from itertools import pairwise
 
 import numpy as np
@@ -23,7 +24,7 @@ from model.trees.likeliest import likeliest
 
 # Bytes of an entry under two tokens and one under one token, of four guesses each (tracemalloc,
 # CPython 3.11).
-ENTRY_BYTES = 700
+ENTRY_BYTES = 900
 _PAIR = 1 << 32  # tokens are below
 
 # What was likely behind two tokens is of other kinds than what was behind one. Seen on answers of
@@ -36,13 +37,14 @@ _LATER = len(BIN_PRIORS)
 class ContinuationMemory:
     """What was likely behind tokens, for sequences that share it.
 
-    megabytes: how large it may become; then the oldest entries go.
+    megabytes: how large it may become; then what was learnt longest ago goes.
     """
 
     def __init__(self, megabytes: float) -> None:
         self._most = max(1, int(megabytes * 2**20 / ENTRY_BYTES))
-        self._behind_two: dict[int, Guesses] = {}
-        self._behind_one: dict[int, Guesses] = {}
+        # The longest unused first.
+        self._behind_two = OrderedDict[int, Guesses]()
+        self._behind_one = OrderedDict[int, Guesses]()
 
     def __len__(self) -> int:
         return len(self._behind_two)
@@ -64,16 +66,16 @@ class ContinuationMemory:
         tokens, probabilities = likeliest(logits)
         kinds = ranked_bins(probabilities)
         if before >= 0:
-            self._behind_two[before * _PAIR + last] = tuple(zip(tokens, kinds, strict=True))
-            _bound(self._behind_two, self._most)
-        later = [_LATER + kind for kind in kinds]
-        self._behind_one[last] = tuple(zip(tokens, later, strict=True))
-        _bound(self._behind_one, self._most)
+            self._put(self._behind_two, before * _PAIR + last, tokens, kinds)
+        self._put(self._behind_one, last, tokens, [_LATER + kind for kind in kinds])
 
-
-def _bound(entries: dict[int, Guesses], most: int) -> None:
-    if len(entries) > most:
-        del entries[next(iter(entries))]
+    def _put(
+        self, entries: OrderedDict[int, Guesses], key: int, tokens: list[int], kinds: list[int]
+    ) -> None:
+        entries[key] = tuple(zip(tokens, kinds, strict=True))
+        entries.move_to_end(key)
+        if len(entries) > self._most:
+            entries.popitem(last=False)
 
 
 class RecycledDrafter:
