@@ -107,7 +107,7 @@ class AdaptivePolicy:
         self._step_time.begin_step(n, n_context)
         self._seconds_are_new = True
         for experience in self._experiences.values():
-            experience.tick()
+            experience.tick(n)
         plain_rate = n / self._step_time.plain_seconds(n, n_context)
         for state in running.values():
             state.tokens_per_second = plain_rate / n
@@ -328,10 +328,12 @@ class _Experience:
         # The same for sources that learn, which takes time; all sequences share what they learn.
         self.source_values = {name: SourceValue(trial=LEARNING_TRIAL) for name in priors}
 
-    def tick(self) -> None:
-        """Count one step."""
-        for value in (*self.look_values, *self.source_values.values()):
+    def tick(self, n_sequences: int) -> None:
+        """Count a step of so many sequences, each of which would have taught a source."""
+        for value in self.look_values:
             value.tick()
+        for value in self.source_values.values():
+            value.tick(n_sequences)
 
 
 class _SequenceState:

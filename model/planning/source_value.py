@@ -41,8 +41,9 @@ class SourceValue:
     def __init__(self, shared: SourceValue | None = None, *, trial: int = TRIAL) -> None:
         self._shared = shared
         self._trial = trial
-        self._n = 0
-        self._gain = 0.0
+        # A trial goes on from one sequence to the next: short ones would never end one.
+        self._n: int = 0 if shared is None else shared._n
+        self._gain: float = 0.0 if shared is None else shared._gain
         self._expected = PRIOR_TOKENS
         self._accepted = PRIOR_TOKENS * PRIOR_KEPT
         self.remaining: int = 0 if shared is None else shared.remaining
@@ -58,10 +59,9 @@ class SourceValue:
         """Whether it may be asked in the next step."""
         return self.remaining <= 1
 
-    def tick(self) -> None:
-        """Count one step of a pause."""
-        if self.remaining:
-            self.remaining -= 1
+    def tick(self, steps: int = 1) -> None:
+        """Count steps of a pause."""
+        self.remaining = max(0, self.remaining - steps)
 
     def record(self, expected: float, accepted: int, without: float, cost: float) -> None:
         """Take note of a step in which the source was asked.
@@ -85,15 +85,20 @@ class SourceValue:
         else:
             self._n += 1
         self._gain += gain
-        if self._n < self._trial:
-            return
-        if self._gain > 0:
-            self.next_pause = FIRST_PAUSE * self._trial
-        else:
-            self.remaining = self.next_pause
-            self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE * self._trial)
-            self._n = 0
-            self._gain = 0.0
+        if self._n >= self._trial:
+            self._judge()
         if self._shared is not None:
+            self._shared._n = self._n
+            self._shared._gain = self._gain
             self._shared.remaining = self.remaining
             self._shared.next_pause = self.next_pause
+
+    def _judge(self) -> None:
+        """Go on where it has paid, else pause."""
+        if self._gain > 0:
+            self.next_pause = FIRST_PAUSE * self._trial
+            return
+        self.remaining = self.next_pause
+        self.next_pause = min(2 * self.next_pause, LONGEST_PAUSE * self._trial)
+        self._n = 0
+        self._gain = 0.0

@@ -157,7 +157,7 @@ class StepTimeModel:
         on_offer = self._curve.on_offer(about * CONTEXT_STRIDE, self._max_rows)
 
         last = self._curve.sizes[-1]
-        per_row = (every_size[last - 1] - every_size[0]) / (last - 1)
+        per_row = max(0.0, (every_size[last - 1] - every_size[0]) / (last - 1))
         every_size[last:] = every_size[last - 1] + per_row * np.arange(1, self._max_rows - last + 1)
         further = np.arange(last + STRIDE - last % STRIDE, self._max_rows + 1, STRIDE) - 1
         on_offer[further] = every_size[further]

@@ -64,6 +64,13 @@ def test_a_new_sequence_begins_where_the_others_are() -> None:
     assert not SourceValue().pausing, "the control"
 
 
+def test_a_trial_goes_on_over_short_sequences() -> None:
+    shared = SourceValue()
+    for _ in range(TRIAL // 3):
+        asked(SourceValue(shared), -0.1, 3)
+    assert shared.remaining == FIRST_PAUSE
+
+
 def test_hidden_states_are_due_in_time() -> None:
     value = SourceValue()
     assert value.due_soon
