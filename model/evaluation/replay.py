@@ -3,9 +3,9 @@
 It is decoded once more, causally, one token at a time; the logits that decided each token must lie
 within NOISE × the noise floor of the replayed ones, and each token be the replay's choice or within
 twice that bound. The floor is what batch shapes and the order of cache cells alone do to logits. It
-is measured on plain decoding's sequences for the same prompts: in batches of CHAIN tokens, and a
-token at a time beside decoys, rows of an unrelated sequence that are removed again. Decoys matter:
-chains may be bit-equal to single tokens, and rounding shows in other shapes only.
+is measured on plain decoding's sequences for the same prompts: in batches of several sizes, alone
+and beside decoys, rows of an unrelated sequence that are removed again. Decoys matter: chains may
+be bit-equal to single tokens, and rounding shows in other shapes only.
 """
 
 from __future__ import annotations
@@ -25,8 +25,13 @@ Float32Array = npt.NDArray[np.float32]
 # Right sequences were seen at up to 1.1 floors, planted faults from 2.8 on
 # (benchmarks/results/NOTES.md).
 NOISE = 2.0
-CHAIN = 4  # tokens of a batch
+CHAINS = (2, 4, 8)  # tokens of a batch
 DECOYS = 24  # at the most, beside one token
+# Rounding of 8 bits flips rarely, then by much: on 96 tokens of a Q8_0 file ten seeds showed none,
+# and on others the floor was 100,000 times as high. So there are enough tokens.
+DECOY_SEEDS = 4  # at the least
+ENOUGH = 2000  # tokens beside decoys, at the least
+PROMPT_TOKENS = 128  # of each prompt that count too
 
 
 def replay_base(loaded: LoadedModel) -> LlamaBase:
@@ -62,10 +67,18 @@ def noise_floor(base: LlamaBase, sequences: abc.Sequence[Sequence]) -> float:
     base: of two sequence ids. Rounding flips are rare and large: one short sequence may show none.
     """
     floor = 0.0
+    n_tokens = sum(
+        sequence.n_new + min(PROMPT_TOKENS, sequence.n_prompt - 1) for sequence in sequences
+    )
+    n_seeds = max(DECOY_SEEDS, -(-ENOUGH // n_tokens))
     for sequence in sequences:
-        ones = causal_logits(base, sequence, 1)
-        others = [causal_logits(base, sequence, CHAIN)]
-        others += [causal_logits(base, sequence, 1, decoys=DECOYS, seed=seed) for seed in range(3)]
+        ones = causal_logits(base, sequence, 1, more=PROMPT_TOKENS)
+        others = [causal_logits(base, sequence, n, more=PROMPT_TOKENS) for n in CHAINS]
+        for seed in range(n_seeds):
+            length = (1, *CHAINS)[seed % (1 + len(CHAINS))]
+            others.append(
+                causal_logits(base, sequence, length, decoys=DECOYS, seed=seed, more=PROMPT_TOKENS)
+            )
         # F32's own rounding, should all agree to the bit
         smallest = 1e-6 * float(np.abs(ones).max())
         floor = max(floor, smallest, *(float(np.abs(other - ones).max()) for other in others))
@@ -86,15 +99,23 @@ def replay(base: LlamaBase, sequence: Sequence, floor: float) -> Replay:
 
 
 def causal_logits(
-    base: LlamaBase, sequence: Sequence, length: int, *, decoys: int = 0, seed: int = 0
+    base: LlamaBase,
+    sequence: Sequence,
+    length: int,
+    *,
+    decoys: int = 0,
+    seed: int = 0,
+    more: int = 0,
 ) -> Float32Array:
     """Return the logits (n, V) before each new token, decoded in batches of `length` tokens.
 
     decoys: at the most so many rows of another sequence are beside each batch, drawn with seed.
+    more: so many tokens of the prompt are decoded and returned likewise.
     """
-    before_new = sequence.n_prompt - 1
+    before_new = max(0, sequence.n_prompt - 1 - more)
     base.clear()
-    base.prefill(np.array(sequence.tokens[:before_new], np.int32), 0, 0)
+    if before_new:
+        base.prefill(np.array(sequence.tokens[:before_new], np.int32), 0, 0)
     rows = list[Float32Array]()
     new = np.array(sequence.tokens[before_new:-1], np.int32)
     rng = np.random.default_rng(seed)

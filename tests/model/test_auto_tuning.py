@@ -244,7 +244,9 @@ def test_heads_are_asked_level_by_level_for_what_they_draft(either: LoadedModel)
         tokens, probabilities = drafter.look(hidden, [0, 1, 2], paths)
         for path, guesses, shares in zip(paths, tokens, probabilities, strict=True):
             path.append(guesses[0])
-            assert shares == sorted(shares, reverse=True) and shares[-1] > 0 and sum(shares) <= 1
+            assert (
+                shares == sorted(shares, reverse=True) and shares[-1] > 0 and sum(shares) < 1 + 1e-6
+            )
     assert [path[1:] for path in paths] == expected
     alone, _ = drafter.look(hidden[1:2], [0, 0], [[6], [9]])
     assert alone[0][0] == expected[1][0], "one state serves any number of paths"

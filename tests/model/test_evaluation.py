@@ -75,7 +75,7 @@ def test_without_heads_other_drafters_are_put_to_the_proof(foreign_gguf: Path) -
         EVERY_SOURCE,
     ]
     assert all(case.holds for case in cases), cases
-    assert cases[0].acceptance_length > 2.5 > 1.5 > cases[2].acceptance_length
+    assert cases[0].acceptance_length > 2.2 > 1.5 > cases[2].acceptance_length
     noticed = negative_controls(other, requests(other, max_tokens=16), Tree.product([3, 2]))
     assert all(any(answers) for answers in noticed.values()), noticed
     other.close()

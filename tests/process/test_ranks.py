@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from model.errors import UsageError
 from model.train_medusa import main
 from model.training.checkpoints import read_run
+from model.training.precision import use_bf16
 from model.training.ranks import ALONE, Ranks, ranks_asked_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,15 +78,18 @@ def test_two_processes_learn_what_one_does(
     assert alone.exit_code == 0, alone.output
     wanted, found = losses(tmp_path / "alone"), losses(tmp_path / "both")
     assert len(wanted) > 4 and [line[:2] for line in found] == [line[:2] for line in wanted]
+    in_bf16 = use_bf16(torch.device("cpu"))  # of 8 bits: sums of other halves round otherwise
     for (_, _, a), (_, _, b) in zip(wanted, found, strict=True):
-        assert b == pytest.approx(a, rel=1e-4)
+        assert b == pytest.approx(a, rel=2e-3 if in_bf16 else 1e-4)
     assert wanted[0][2] != pytest.approx(wanted[-1][2], rel=1e-2), "something was learnt"
     heads = [
         load_file(tmp_path / run / "out/medusa_heads_latest/medusa_lm_head.safetensors")
         for run in ("alone", "both")
     ]
     for name, tensor in heads[0].items():
-        assert torch.allclose(tensor.float(), heads[1][name].float(), atol=1e-4), name
+        assert torch.allclose(
+            tensor.float(), heads[1][name].float(), atol=5e-3 if in_bf16 else 1e-4
+        ), name
 
 
 def workers(torchrun: int) -> dict[str, int]:
