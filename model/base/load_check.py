@@ -36,7 +36,7 @@ _REFUSED = 3  # the child's exit status when it says why, on its last line of ou
 def check_loads(path: Path | str, *, timeout: float = 1800.0) -> GGUFFile:
     """Return the opened file once llama.cpp is known to load it and decode with it.
 
-    timeout: seconds for loading and one token. Raises ModelFileError where it does not.
+    timeout: seconds for loading and a few tokens. Raises ModelFileError where it does not.
     """
     file = GGUFFile(path)
     versions = f"{version('llama-cpp-python')} {_VERSION}"

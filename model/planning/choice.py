@@ -113,6 +113,8 @@ def choose_in_slices(
     if not sources:
         yield from choose_flash_attention(loaded)
         return Drafting(FixedPolicy(), Drafters(), description)
+    if sources == [RECYCLED] and (options.tree or options.fixed):
+        raise UsageError("draft recycled: only the adaptive policy drafts recycled continuations")
     heads = HEADS in sources
     ngram = NGRAM in sources
 
@@ -138,8 +140,6 @@ def choose_in_slices(
             description = f"{description}, up to {policy.max_nodes} nodes a step"
             return Drafting(policy, drafters, description)
         tree = tuning.best(tuning.curve.contexts[0], max_nodes).tree
-    if sources == [RECYCLED]:
-        raise UsageError("draft recycled: only the adaptive policy drafts recycled continuations")
     fixed_sources = [source for source in sources if source != RECYCLED]
     description = ", ".join(WORDS[source] for source in fixed_sources)
     heads_drafter = None

@@ -118,7 +118,7 @@ class StepTimeModel:
     def offers(self, n_sequences: int, n_context: int, most: int) -> list[tuple[int, float]]:
         """Return rows, up to `most`, and seconds of the drafted steps on offer, ascending.
 
-        Seconds are within a percent: what is nearly the same is worked out once.
+        Drifts that agree in three digits share one list: it is worked out once.
         """
         _, drafted = self._drift(n_sequences).factors
         key = (n_context // CONTEXT_STRIDE, n_sequences, most, float(f"{drafted:.3g}"))

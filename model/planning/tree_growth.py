@@ -107,8 +107,7 @@ class Growth:
 
     def children(self, node: Node) -> abc.Iterable[Node]:
         """Return the guesses of what follows a node, those that are hoped for included."""
-        if not node.expanded:
-            self.expand(node)
+        self.expand(node)
         found = node.children.values()
         if node.depth < len(self.hope) and not node.looked and node.depth < self.room:
             share = self.hope[node.depth]
